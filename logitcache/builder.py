@@ -1,0 +1,280 @@
+"""``logitcache build``: documents -> rows -> each teacher once over the rows -> store."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .codec import frequency_rank
+from .config import BuildConfig, build_config
+from .documents import input_files, read_documents
+from .errors import InputError, Interrupted, ResourceError, StoreError, UsageError
+from .files import file_sha256, lock, to_json, write_atomic
+from .packing import Rows, pack
+from .store import (
+    FORMAT,
+    TEACHERS,
+    Store,
+    create_store,
+    create_teacher,
+    is_store,
+    load_store,
+    shard_ranges,
+    shard_rows,
+    write_rows,
+)
+
+log = logging.getLogger(__name__)
+
+TEMPERATURES = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
+# For --dry-run, before any teacher ran: bytes per entry as measured on text with estimator "sampled", and
+# entries at the default thresholds (DESIGN section 5); statistics take about 18 bytes a token.
+_BYTES_PER_ENTRY, _BYTES_PER_STATISTICS = 2.3, 18
+_MOST_ENTRIES = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build will do, known before any teacher is loaded."""
+
+    rows: Rows
+    manifest: dict[str, Any]
+    teachers: dict[str, dict[str, Any]]  # attributes of each teacher group
+    folders: dict[str, Path]
+    tokenizer: dict[str, Any]
+
+
+Report = Callable[[str, int, int, int, int], None]
+"""Called as report(teacher, tokens done, tokens in all, bytes written, shard) after each batch."""
+
+
+def build(
+    config: BuildConfig | None = None,
+    *,
+    fresh: bool = False,
+    report: Report | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    **settings: Any,
+) -> Store:
+    """Build a store, or go on with one that was interrupted; a finished one is left as it is.
+
+    Settings are those of BuildConfig, as one object or as keywords. fresh: delete a store that is there
+    before. stop: asked after every shard; when it says yes, Interrupted is raised with all shards safe.
+
+    Raises UsageError, InputError, StoreError, LockedError, ResourceError, NonFiniteError.
+    """
+    config = config or build_config(settings)
+    planned = plan(config)
+    index, count = config.worker
+    if fresh and is_store(config.out):
+        _delete(config.out)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    _check_free(config.out)
+    config.out.mkdir(exist_ok=True)
+    started = time.monotonic()
+    with lock(config.out / f"build-{index}-of-{count}.lock"):
+        store = _open_or_create(config.out, planned)
+        for part, shards in _work(store, planned, config).items():
+            if part == "rows":
+                for shard in shards:
+                    write_rows(store, planned.rows, shard)
+                continue
+            if not shards:
+                continue
+            from .teacher import TeacherRun
+
+            run = TeacherRun(planned.folders[part], part, store, planned.rows, config, report)
+            for done, shard in enumerate(shards):
+                if stop():
+                    raise Interrupted(
+                        f"{config.out}: stopped; {part}: {done} of {len(shards)} shards written this time",
+                        "run the same command again to continue",
+                    )
+                run.shard(shard)
+            run.close()
+        _write_record(config, time.monotonic() - started)
+    return load_store(config.out)
+
+
+def plan(config: BuildConfig) -> Plan:
+    """Read, tokenise and pack the data and identify the teachers, without loading a model."""
+    from .causal_lm import choose_device, choose_dtype, model_identity
+    from .tokenise import (
+        Encoder,
+        content_sha256,
+        describe_difference,
+        load_tokenizer,
+        tokenizer_content,
+        vocabulary,
+    )
+
+    folders = {"teacher1": config.teacher1}
+    if config.teacher2 is not None:
+        folders["teacher2"] = config.teacher2
+    identities = {name: model_identity(folder) for name, folder in folders.items()}
+    tokenizer = load_tokenizer(config.teacher1)
+    content = tokenizer_content(tokenizer)
+    if config.teacher2 is not None:
+        other = tokenizer_content(load_tokenizer(config.teacher2))
+        if content_sha256(other) != content_sha256(content):
+            raise StoreError(
+                f"{config.teacher2}: its tokenizer is not teacher 1's: "
+                f"{describe_difference(content, other)}",
+                "both teachers must share one tokenizer, token for token",
+            )
+    vocab_size = max(vocabulary(content)) + 1
+
+    files = input_files(config.data)
+    encoder = Encoder(tokenizer)
+    rows = pack(encoder.encode(read_documents(config.data)), config.seq_len)
+    if len(rows.tokens) == 0:
+        raise InputError(
+            f"{', '.join(map(str, config.data))}: nothing to train on: of {encoder.num_documents} documents "
+            f"{encoder.num_empty} are empty and {encoder.num_without_targets} have no token to predict",
+        )
+    manifest = {
+        "format": FORMAT,
+        "rows": len(rows.tokens),
+        "seq_len": config.seq_len,
+        "shard_rows": shard_rows(len(rows.tokens), config.seq_len),
+        "tokens": int(rows.lengths().sum()),
+        "valid_tokens": int((rows.labels() != -100).sum()),
+        "documents": encoder.num_documents,
+        "documents_empty": encoder.num_empty,
+        "documents_without_targets": encoder.num_without_targets,
+        "vocab_size": vocab_size,
+        "tokenizer_sha256": content_sha256(content),
+        "data_sha256": rows.fingerprint(),
+        "data_files": [{"name": p.name, "sha256": file_sha256(p)} for p in files],
+        "temperatures": TEMPERATURES,
+    }
+    most = {"topk": config.top_k, "full": vocab_size}.get(config.estimator, _MOST_ENTRIES)
+    estimator = {
+        "estimator": config.estimator,
+        "min_prob": config.min_prob,
+        "precision": config.precision,
+        "max_entries": min(most, vocab_size),
+        "seed": config.seed,
+        "on_nonfinite": config.on_nonfinite,
+        **({"top_k": config.top_k} if config.estimator == "topk" else {}),
+        **(
+            {"threshold": config.threshold, "sample_temperature": config.sample_temperature}
+            if config.estimator == "sampled"
+            else {}
+        ),
+    }
+    if config.estimator == "full" and vocab_size > 65535:
+        raise UsageError(
+            f"estimator: full keeps {vocab_size} entries a position; it is for vocabularies below 65536"
+        )
+    dtype = str(choose_dtype(config.dtype, choose_device(config.device))).removeprefix("torch.")
+    teachers = {
+        name: {"model": identity, "dtype": dtype, **estimator}
+        for name, identity in identities.items()
+    }
+    return Plan(rows, manifest, teachers, folders, content)
+
+
+def estimate_bytes(planned: Plan, config: BuildConfig) -> int:
+    """About how large the store will be."""
+    entries = {"topk": min(config.top_k, 30), "full": planned.manifest["vocab_size"]}.get(
+        config.estimator, 30
+    )
+    per_token = entries * _BYTES_PER_ENTRY + _BYTES_PER_STATISTICS
+    return int(planned.manifest["tokens"] * (len(planned.folders) * per_token + 3))
+
+
+def _open_or_create(path: Path, planned: Plan) -> Store:
+    others = [p.name for p in path.iterdir() if p.suffix != ".lock"]
+    if not is_store(path):
+        # A build that was killed while it created the store left some of these names, and no manifest.
+        if set(others) - {"commits", "tokenizer.json", "rows", "id_of_rank", ".tokenizer.json.tmp"}:
+            raise UsageError(
+                f"{path}: expected an empty folder or a store, found other files ({sorted(others)[0]}, ...)",
+                "give --out a new folder",
+            )
+        id_of_rank, _ = frequency_rank(planned.rows.tokens, planned.manifest["vocab_size"])
+        store = create_store(path, planned.manifest, planned.tokenizer, id_of_rank)
+    else:
+        store = load_store(path)
+        _refuse_other(path, "", store.manifest, planned.manifest)
+        for name in store.teachers:
+            if name in planned.teachers:
+                _refuse_other(
+                    path, f"{name}: ", store.teachers[name], planned.teachers[name]
+                )
+    for name in TEACHERS:
+        if name in planned.teachers and name not in store.teachers:
+            store = create_teacher(store, name, planned.teachers[name])
+    return store
+
+
+def _refuse_other(
+    path: Path, where: str, found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    changed = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+    if changed:
+        lines = [
+            f"  {where}{key}: this command {_brief(wanted.get(key))}, store {_brief(found.get(key))}"
+            for key in changed
+        ]
+        raise UsageError(
+            f"{path}: holds another build:\n" + "\n".join(lines),
+            "give --out another folder, or --fresh to delete this store and build anew",
+        )
+
+
+def _brief(value: Any) -> str:
+    text = to_json(value).strip() if isinstance(value, (dict, list)) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 70 else text[:67] + "..."
+
+
+def _work(store: Store, planned: Plan, config: BuildConfig) -> dict[str, list[int]]:
+    """Shards to write, by part: this worker's share of what is not committed yet."""
+    index, count = config.worker
+    return {
+        part: [shard for shard in store.missing(part) if shard % count == index]
+        for part in ("rows", *planned.teachers)
+    }
+
+
+def _check_free(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path}: expected a folder, found a file", "give --out a new folder")
+    free = shutil.disk_usage(path.parent).free
+    if free < 1 << 20:
+        raise ResourceError(f"disk full: {free} bytes free at {path.parent}", "free some space")
+
+
+def _delete(path: Path) -> None:
+    """Delete a store; its manifest goes first, so that a half-deleted one is not taken for a store."""
+    (path / "zarr.json").unlink()
+    for child in path.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        elif child.suffix != ".lock":
+            child.unlink()
+
+
+def _write_record(config: BuildConfig, seconds: float) -> None:
+    """The run record lies beside the store, which itself holds no time, host or path."""
+    from .environment import describe_environment
+
+    path = config.out.with_name(config.out.name + ".run.json")
+    record = {
+        "command": "logitcache build",
+        "config": config.model_dump(mode="json"),
+        "environment": describe_environment(),
+        "seconds": round(seconds, 1),
+    }
+    with contextlib.suppress(PermissionError):  # the store is what was asked for
+        write_atomic(path, to_json(record))

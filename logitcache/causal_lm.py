@@ -1,0 +1,143 @@
+"""A causal language model taken apart: decoder with segment-aware attention, and output head.
+
+transformers keeps attention inside segments when position ids restart and neither an attention mask nor a
+cache is given; whether a model obeys, and whether decoder and head put together give its logits, is checked
+on the model itself before anything is built on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from logitcache_kernels import head_logits
+
+from .errors import StoreError, UsageError
+from .files import file_sha256
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), the cap optional."""
+
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None
+    softcap: float | None
+    scale: float
+
+    @staticmethod
+    def of(model: Any) -> Head:
+        """The head of a transformers causal language model."""
+        config = model.config.get_text_config()
+        linear = model.get_output_embeddings()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies,
+        divisor = getattr(config, "logits_scaling", None)  # Granite divides
+        if divisor:
+            scale /= float(divisor)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(linear.weight, getattr(linear, "bias", None), softcap, scale)
+
+    def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        return head_logits(hidden_RD, self.weight_VD, self.bias_V, self.softcap, self.scale)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to run on; "auto" takes the first GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device: expected auto, cpu or cuda[:N], found {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device: {name} asked for, and torch {torch.__version__} sees no GPU")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a teacher's weights; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse what is not a local transformers folder with safetensors weights."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such model folder", "give a local transformers folder")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: expected a transformers folder, found no config.json in it")
+    if not list(folder.glob("*.safetensors")):
+        raise UsageError(
+            f"{folder}: expected weights as safetensors, found none",
+            "save the model again with save_pretrained",
+        )
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
+    """Load a model for inference from a local folder; pickled weights and remote code are never run."""
+    from transformers import AutoModelForCausalLM
+
+    check_model_folder(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds for a bad folder
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoreError(f"{folder}: the model cannot be loaded: {first}") from error
+    return model.to(device).eval()
+
+
+def model_identity(folder: Path) -> dict[str, Any]:
+    """Which model it is: hashes of its configuration and weights, whatever the folder is called."""
+    check_model_folder(folder)
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+    return {
+        "weights_sha256": digest.hexdigest(),
+        "config_sha256": file_sha256(folder / "config.json"),
+    }
+
+
+def hidden_states(
+    model: Any, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    """Last hidden states [B, L, D]; attention stays within segments, which positions tell apart."""
+    output = model.get_decoder()(
+        input_ids=tokens_BL, position_ids=positions_BL, use_cache=False, **kwargs
+    )
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def check_model(model: Any, folder: Path) -> None:
+    """Prove on a small input that decoder and head give the model's logits and that segments do not leak."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    vocab_size = Head.of(model).weight_VD.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocab_size, (1, 24), generator=generator).to(device)
+    positions = torch.cat((torch.arange(10), torch.arange(14)))[None].to(device)
+    packed = Head.of(model).logits(hidden_states(model, tokens, positions)[0]).float()
+    parts = [(tokens[:, :10], positions[:, :10]), (tokens[:, 10:], positions[:, 10:])]
+    apart = [model(input_ids=t, position_ids=p, use_cache=False).logits[0].float() for t, p in parts]
+    model.train(was_training)
+    # Low precision blurs logits by its epsilon times their size; a leak or a wrong head is far above.
+    low = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    tolerance = (0.1 if low else 1e-3) * float(apart[0].std().clamp_min(1e-3))
+    if (packed[:10] - apart[0]).abs().mean() > tolerance:
+        raise UsageError(
+            f"{folder}: {type(model).__name__}: decoder and output head do not give the model's logits",
+            "this architecture is not supported yet",
+        )
+    if (packed[10:] - apart[1]).abs().mean() > tolerance:
+        raise UsageError(
+            f"{folder}: {type(model).__name__}: attention leaks between packed documents",
+            "this architecture or attention implementation cannot read packed rows",
+        )

@@ -1,0 +1,124 @@
+"""``logitcache``: build stores of teacher distributions and say what is in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .command import Options, common_options, run_group, stop_on_signal
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="logitcache")
+def cli() -> None:
+    """Run two frozen teachers once over a corpus and keep each token's distribution sparsely.
+
+    \b
+    logitcache build --teacher1 GEN_N --teacher2 GEN_N_MINUS_1 --data corpus.jsonl --out store
+    logitcache info store
+    distill train --store store --student GEN_N --out child
+    """
+
+
+@cli.command()
+@click.option("--teacher1", type=Path, help="Model folder of the current generation.")
+@click.option("--teacher2", type=Path, help="Model folder of the generation before it.")
+@click.option("--data", type=Path, multiple=True, help="JSONL, Parquet, text; may be given again.")
+@click.option("--out", type=Path, help="Folder of the store.")
+@click.option("--config", type=Path, help="YAML or JSON file of settings.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
+@click.option("--estimator", type=click.Choice(["sampled", "topk", "full"]), help="What is kept.")
+@click.option("--min-prob", type=float, help="Entries from this probability are kept for certain.")
+@click.option("--threshold", type=float, help="sampled: smaller ones are kept with odds p/threshold.")
+@click.option("--sample-temperature", type=float, help="sampled: largest temperature of training.")
+@click.option("--top-k", type=int, help="topk: entries kept at most.")
+@click.option("--precision", type=click.Choice(["standard", "high"]), help="Of kept probabilities.")
+@click.option("--seq-len", type=int, help="Tokens in a row.  [default: 2048]")
+@click.option("--shard", metavar="I/N", help="Build only this worker's share of the shards.")
+@click.option("--on-nonfinite", type=click.Choice(["fail", "skip"]), help="NaN from a teacher.")
+@click.option("--dry-run", is_flag=True, help="Say what would be built; load no teacher.")
+@click.option("--fresh", is_flag=True, help="Delete a store that is there and build anew.")
+@common_options
+def build(
+    options: Options,
+    config: Path | None,
+    assignments: tuple[str, ...],
+    dry_run: bool,
+    fresh: bool,
+    **flags: Any,
+) -> None:
+    """Build a store; the same command continues one that was interrupted.
+
+    A record is {"text": ...} or {"messages": [{"role", "content"}, ...]}, of which only assistants' turns are
+    trained on; an optional boolean "gold" marks curated examples. A text file is one document.
+    """
+    from .config import build_config, read_settings
+
+    settings = build_config(read_settings(config, assignments, flags))
+    from .builder import build as run_build
+    from .builder import estimate_bytes, plan
+    from .info import describe_store, render_info
+    from .progress import BuildProgress
+    from .store import is_store, load_store
+
+    _quiet_libraries()
+    if dry_run:
+        planned = plan(settings)
+        document = {
+            **{k: planned.manifest[k] for k in ("rows", "seq_len", "tokens", "valid_tokens")},
+            "teachers": sorted(planned.folders),
+            "estimated_bytes": estimate_bytes(planned, settings),
+            "store_exists": settings.out.exists(),
+        }
+        lines = [f"{key:16} {value}" for key, value in document.items()]
+        options.result(document, "\n".join(["would build:", *lines, "nothing was written"]))
+        return
+    before = None
+    if is_store(settings.out) and not fresh:
+        store = load_store(settings.out)
+        before = {part: len(store.missing(part)) for part in ("rows", *store.teachers)}
+        total = len(store.ranges)
+        left = max(before.values())
+        if left:
+            options.note(f"resuming {settings.out}: up to {left} of {total} shards to do")
+    with stop_on_signal() as stop, BuildProgress(options.quiet) as progress:
+        store = run_build(settings, fresh=fresh, report=progress, stop=stop)
+    document = describe_store(settings.out)
+    document["tokens_per_second"] = {name: round(r, 1) for name, r in progress.rates.items()}
+    nothing_done = before is not None and not any(before.values()) and len(before) == 1 + len(
+        store.teachers
+    )
+    if nothing_done:
+        options.note(f"{settings.out}: already complete; nothing was changed")
+    text = render_info(document)
+    if document["complete"]:
+        text += f"\nnext: distill train --store {settings.out} --student {settings.teacher1} --out child"
+    options.result(document, text)
+
+
+@cli.command()
+@click.argument("store", type=Path)
+@common_options
+def info(options: Options, store: Path) -> None:
+    """Say what is in a store: rows, tokens, teachers, bytes per token, completeness."""
+    from .info import describe_store, render_info
+
+    document = describe_store(store)
+    options.result(document, render_info(document))
+
+
+def _quiet_libraries() -> None:
+    """Loading bars and advice of libraries would mix with our own progress."""
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def main() -> None:
+    run_group(cli, "logitcache")

@@ -1,0 +1,157 @@
+"""What every command of ``logitcache`` and ``distill`` shares: options, errors, exit codes, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from .errors import LogitCacheError
+
+_RESOURCE_ERRORS = {
+    errno.ENOSPC: "disk full",
+    errno.EDQUOT: "disk quota reached",
+    errno.EFBIG: "file too large",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EROFS: "read-only file system",
+    errno.EMFILE: "too many open files",
+    errno.ENOMEM: "out of memory",
+    errno.EIO: "input/output error",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that every command has."""
+
+    as_json: bool
+    quiet: bool
+    verbose: bool
+    debug: bool
+
+    def result(self, document: dict[str, Any], text: str) -> None:
+        """Print a command's result to stdout: one JSON document with --json, else text."""
+        click.echo(json.dumps(document, indent=1) if self.as_json else text)
+
+    def note(self, text: str) -> None:
+        """Say something on stderr, unless --quiet."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+
+def common_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add --json, --quiet, -v and --debug; the function gets them as its first argument."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+    @click.option("--quiet", is_flag=True, help="No progress and no notes on stderr.")
+    @click.option("-v", "verbose", is_flag=True, help="Log more to stderr.")
+    @click.option("--debug", is_flag=True, help="Log all, and show tracebacks of errors.")
+    @functools.wraps(function)
+    def wrapper(*args: Any, as_json: bool, quiet: bool, verbose: bool, debug: bool, **kwargs: Any) -> None:
+        options = Options(as_json, quiet, verbose, debug)
+        _set_up_logging(options)
+        try:
+            function(options, *args, **kwargs)
+        except BaseException as error:
+            if isinstance(error, (click.exceptions.Exit, SystemExit)):
+                raise
+            _fail(error, options)
+
+    return wrapper
+
+
+def run_group(group: click.Group, name: str) -> NoReturn:
+    """Run a command line and exit with the code that DESIGN gives it."""
+    try:
+        code = group.main(prog_name=name, standalone_mode=False)
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.ClickException as error:  # wrong flags: 2
+        error.show()
+        code = error.exit_code
+    except click.exceptions.Abort:
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _set_up_logging(options: Options) -> None:
+    level = logging.WARNING
+    if options.debug:
+        level = logging.DEBUG
+    elif options.verbose:
+        level = logging.INFO
+    elif options.quiet:
+        level = logging.ERROR
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("asyncio", "filelock", "urllib3", "httpx", "fsspec"):
+        logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
+
+
+def explain_error(error: BaseException) -> tuple[int, str, str | None]:
+    """Exit code, message and next step of any error."""
+    if isinstance(error, LogitCacheError):
+        return error.exit_code, str(error), error.hint
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted", None
+    if isinstance(error, click.ClickException):
+        return error.exit_code, error.format_message(), None
+    if isinstance(error, OSError) and error.errno in _RESOURCE_ERRORS:
+        where = f" {error.filename}" if error.filename else ""
+        return 6, f"{_RESOURCE_ERRORS[error.errno]}:{where} ({os.strerror(error.errno)})", None
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        first = str(error).splitlines()[0] if str(error) else ""
+        return 6, f"out of memory: {first}", "use smaller batches"
+    kind = type(error).__name__
+    return 1, f"{kind}: {error}", "this is a bug of ours: run it again with --debug and report what it says"
+
+
+def _fail(error: BaseException, options: Options) -> NoReturn:
+    code, message, hint = explain_error(error)
+    if options.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if options.as_json:
+        click.echo(json.dumps({"error": message, "hint": hint, "exit_code": code}, indent=1))
+    click.echo(f"error: {message}" + (f"\n  next: {hint}" if hint else ""), err=True)
+    raise click.exceptions.Exit(code)
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a wish to stop; the second ends the process with code 130.
+
+    Yields a function that says whether stopping was asked for.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if asked:
+            # Every file on disk is whole at any time, so there is nothing to clean up.
+            os._exit(130)
+        asked.append(number)
+        name = signal.Signals(number).name
+        click.echo(f"{name}: stopping at the next safe point; once more to stop at once", err=True)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

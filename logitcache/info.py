@@ -1,0 +1,87 @@
+"""``logitcache info``: what is in a store, from its manifest and commit records alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .store import Store, load_store
+
+
+def _part_bytes(store: Store, part: str) -> int:
+    return sum(p.stat().st_size for p in (store.path / part).rglob("*") if p.is_file())
+
+
+def describe_store(path: Path) -> dict[str, Any]:
+    """Summarise a store, finished or not. StoreError if it is none."""
+    store = load_store(path)
+    manifest = store.manifest
+    missing = {part: store.missing(part) for part in ("rows", *store.teachers)}
+    teachers = []
+    for name, attributes in store.teachers.items():
+        records = [store.commit(name, shard) for shard in range(len(store.ranges))]
+        done = [record for record in records if record is not None]
+        positions = sum(record["positions"] for record in done)
+        data_bytes = sum(f["bytes"] for record in done for f in record["files"].values())
+        tokens = manifest["tokens"] * len(done) / max(len(records), 1)
+        teachers.append(
+            {
+                "name": name,
+                "bytes_per_token": round(data_bytes / tokens, 3) if tokens else None,
+                "mean_support": _ratio(sum(r["entries"] for r in done), positions),
+                "mass_covered": _ratio(sum(r["certain_mass"] for r in done), positions),
+                "positions": positions,
+                "skipped": sum(record["skipped"] for record in done),
+                "shards": len(records),
+                "shards_missing": len(missing[name]),
+                **attributes,
+            }
+        )
+    return {
+        "store": str(path),
+        "complete": bool(store.teachers) and not any(missing.values()),
+        "rows": manifest["rows"],
+        "seq_len": manifest["seq_len"],
+        "tokens": manifest["tokens"],
+        "valid_tokens": manifest["valid_tokens"],
+        "documents": manifest["documents"],
+        "bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
+        "vocab_size": manifest["vocab_size"],
+        "estimator": teachers[0]["estimator"] if teachers else None,
+        "temperatures": manifest["temperatures"],
+        "format": manifest["format"],
+        "tokenizer_sha256": manifest["tokenizer_sha256"],
+        "data_sha256": manifest["data_sha256"],
+        "teachers": teachers,
+    }
+
+
+def _ratio(total: float, count: int) -> float | None:
+    return round(total / count, 4) if count else None
+
+
+def render_info(info: dict[str, Any]) -> str:
+    """The summary as a person reads it."""
+    lines = [
+        f"store       {info['store']}  (format {info['format']}, "
+        f"{'complete' if info['complete'] else 'INCOMPLETE'})",
+        f"rows        {info['rows']:,} of {info['seq_len']} tokens; {info['documents']:,} documents",
+        f"tokens      {info['tokens']:,}, of which trained on {info['valid_tokens']:,}",
+        f"vocabulary  {info['vocab_size']:,}",
+        f"bytes       {info['bytes']:,}",
+    ]
+    for teacher in info["teachers"]:
+        lines.append(
+            f"{teacher['name']}    {teacher['estimator']}, {teacher['precision']}: "
+            + (
+                f"{teacher['bytes_per_token']:.1f} bytes/token, {teacher['mean_support']:.1f} entries, "
+                f"{teacher['mass_covered']:.1%} of the mass for certain"
+                if teacher["positions"]
+                else "nothing written yet"
+            )
+            + (f"; {teacher['shards_missing']} shards missing" if teacher["shards_missing"] else "")
+            + (f"; {teacher['skipped']} positions skipped" if teacher["skipped"] else "")
+        )
+    if not info["complete"]:
+        lines.append("next: run the same build command again to finish it")
+    return "\n".join(lines)

@@ -1,0 +1,81 @@
+"""Progress of a build: a bar on a terminal, a plain line every 30 s elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+import click
+
+_PLAIN_INTERVAL_S = 30.0
+
+
+def _size(size_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.2f} TB"
+
+
+class BuildProgress:
+    """Shows tokens/s, time left and bytes written of each teacher; call it as builder.Report.
+
+    rates: tokens per second of each teacher's own run, for the command's result.
+    """
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+        self.rates: dict[str, float] = {}
+        self._start: dict[str, tuple[float, int]] = {}
+        self._last_line = time.monotonic()
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> BuildProgress:
+        if not self.quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+                TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, teacher: str, done: int, total: int, written: int, shard: int) -> None:
+        now = time.monotonic()
+        if teacher not in self._start:
+            # The first report comes after a batch that paid for warming up: count from there.
+            self._start[teacher] = (now, done)
+        since, before = self._start[teacher]
+        if now > since and done > before:
+            self.rates[teacher] = (done - before) / (now - since)
+        rate = self.rates.get(teacher, 0.0)
+        detail = f"{rate:,.0f} tokens/s, {_size(written)}"
+        if self._bar is not None:
+            if teacher not in self._tasks:
+                self._tasks[teacher] = self._bar.add_task(teacher, total=total, detail="")
+            self._bar.update(self._tasks[teacher], completed=done, detail=detail)
+        elif not self.quiet and (now - self._last_line >= _PLAIN_INTERVAL_S or done == total):
+            self._last_line = now
+            left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
+            line = f"{teacher}: {done:,} of {total:,} tokens, {detail}{left}"
+            if done < total or written:
+                click.echo(line, err=True)
