@@ -1,4 +1,4 @@
-"""Maths on tensors: capture of teachers, the two-teacher distillation loss. Knows nothing of files."""
+"""Maths on tensors: capture, two-teacher distillation loss. Knows nothing of files."""
 
 from .capture import capture
 from .distill import distill_loss

@@ -29,9 +29,10 @@ def capture(
     """Keep a teacher's distribution sparsely; see ``Capture`` for what comes back.
 
     logits_RV: floating, any strides. estimator: "sampled", "topk" or "full" (DESIGN section 5).
-    labels_R: next tokens, -100 for none. num_tokens: size of the tokenizer; ids at or above it (padding
-    of the embedding) leave the softmax altogether. position_ids_R: int64 numbers of the positions, by
-    which sampling is keyed (0..R-1 by default). K is min(256, V) for sampled, min(top_k, V) for topk.
+    labels_R: next tokens, -100 for none. num_tokens: size of the tokenizer; ids at or above it
+    (padding of the embedding) leave the softmax altogether. position_ids_R: int64 numbers of the
+    positions, by which sampling is keyed (0..R-1 by default). K is min(256, V) for sampled,
+    min(top_k, V) for topk.
 
     ValueError for options out of range.
     """
@@ -42,7 +43,8 @@ def capture(
     _within("top_k", top_k, 1, 256)
     if logits_RV.ndim != 2 or not logits_RV.is_floating_point():
         raise ValueError(
-            f"logits_RV: expected a floating R x V tensor, found {logits_RV.dtype} {tuple(logits_RV.shape)}"
+            "logits_RV: expected a floating R x V tensor, "
+            f"found {logits_RV.dtype} {tuple(logits_RV.shape)}"
         )
     num_rows, width = logits_RV.shape
     num_tokens = width if num_tokens is None else num_tokens

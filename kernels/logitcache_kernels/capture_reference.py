@@ -2,9 +2,9 @@
 
 Estimators (DESIGN section 5), with p the teacher's distribution and p^S the teacher tempered by S:
 
-* sampled: r = max(p, p^S). Certain: p >= min_prob, or r >= threshold, or the largest p. Every other entry is
-  kept with probability r / threshold, independently; a target divides by that inclusion, so its expectation
-  is the full distribution at every temperature up to S.
+* sampled: r = max(p, p^S). Certain: p >= min_prob, or r >= threshold, or the largest p. Every
+  other entry is kept with probability r / threshold, independently; a target divides by that
+  inclusion, so its expectation is the full distribution at every temperature up to S.
 * topk: the largest entries with p >= min_prob, at most top_k of them and at least one; all certain.
 * full: everything, certain.
 """
@@ -18,7 +18,8 @@ import torch
 from .types import Capture
 from .uniform import high_bits, low_bits, row_keys
 
-MAX_KEPT = 256  # entries per position of the sampled estimator; its defaults stay below 245 (5 sigma)
+# Entries per position of the sampled estimator; its defaults stay below 245 (5 sigma).
+MAX_KEPT = 256
 
 
 def _sampled_keep(
@@ -41,7 +42,7 @@ def _sampled_keep(
 def _gather_kept(
     keep_RV: torch.Tensor, logp_RV: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids and logp of kept entries, R x width, by falling logp with ties by the lower id; their count."""
+    """Ids and logp of kept entries, R x width, by falling logp, ties by lower id; their count."""
     num_rows = keep_RV.shape[0]
     rows, ids = keep_RV.nonzero(as_tuple=True)  # in order of row, then id
     count_R = torch.bincount(rows, minlength=num_rows)
@@ -83,8 +84,8 @@ def capture_reference(
     logp_RV = torch.log_softmax(z_RV, dim=-1)
     p_RV = logp_RV.exp()
     entropy_R = -torch.where(p_RV > 0, p_RV * logp_RV, 0.0).sum(-1)
-    top1_logp_R, top1_R = logp_RV.max(-1)  # argmax over ties is not promised to be the first:
-    top1_R = (logp_RV == top1_logp_R[:, None]).to(torch.uint8).argmax(-1, keepdim=True)
+    top1_logp_R = logp_RV.amax(-1)
+    top1_R1 = logp_RV.argmax(-1, keepdim=True)  # the first of equals, as torch documents
     inclusion_RV = torch.ones_like(p_RV)
     if estimator == "full":
         certain_RV = keep_RV = torch.ones_like(p_RV, dtype=torch.bool)
@@ -93,7 +94,7 @@ def capture_reference(
         width = min(top_k, num_tokens)
         kth_R1 = logp_RV.topk(width).values[:, -1:]
         keep_RV = (p_RV >= min_prob) & (logp_RV >= kth_R1)
-        keep_RV.scatter_(-1, top1_R, True)
+        keep_RV.scatter_(-1, top1_R1, True)
         # Among entries equal to the kth, those with the lower ids stay.
         tied_RV = keep_RV & (logp_RV == kth_R1)
         room_R1 = width - (keep_RV & ~tied_RV).sum(-1, keepdim=True)
@@ -102,8 +103,10 @@ def capture_reference(
         tempered_RV = torch.softmax(z_RV / sample_temperature, dim=-1)
         ratio_RV = torch.maximum(p_RV, tempered_RV)
         certain_RV = (p_RV >= min_prob) | (ratio_RV >= threshold)
-        certain_RV.scatter_(-1, top1_R, True)
-        inclusion_RV = torch.where(certain_RV, 1.0, (ratio_RV / threshold).clamp_max(1.0))
+        certain_RV.scatter_(-1, top1_R1, True)
+        # An inclusion of 1 marks a certain entry, so no quotient may be rounded up to it.
+        below_one = 1.0 - torch.finfo(dtype).eps / 2
+        inclusion_RV = torch.where(certain_RV, 1.0, (ratio_RV / threshold).clamp_max(below_one))
         keep_RV = _sampled_keep(inclusion_RV, certain_RV, seed, position_ids_R)
         width = min(MAX_KEPT, num_tokens)
 

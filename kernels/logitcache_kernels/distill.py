@@ -1,4 +1,4 @@
-"""The distillation loss on given logits: checks of its arguments, and the choice of implementation."""
+"""The distillation loss on given logits: checks of its arguments, choice of implementation."""
 
 from __future__ import annotations
 
@@ -45,12 +45,13 @@ def check_arguments(
         )
     if sampled == {True} and spec.divergence != "forward_kl":
         raise ValueError(
-            f'divergence="{spec.divergence}" needs a top-k support: a sampled one estimates only sums that '
-            'are linear in the target; use "forward_kl", or build with --estimator topk'
+            f'divergence="{spec.divergence}" needs a top-k support: a sampled one estimates only '
+            'sums that are linear in the target; use "forward_kl", or build with --estimator topk'
         )
     if spec.divergence == "reverse_kl" and has_taboo and spec.taboo == "target":
         raise ValueError(
-            'divergence="reverse_kl" with taboo ids is infinite where taboo="target"; use taboo="neutral"'
+            'divergence="reverse_kl" with taboo ids is infinite where taboo="target"; '
+            'use taboo="neutral"'
         )
 
 
@@ -67,15 +68,17 @@ def distill_loss(
     inplace: bool = False,
     impl: str = "auto",
 ) -> DistillOutput:
-    """Give the loss of student logits against one or two sparse teachers; see ``distill_reference``.
+    """Give the loss of student logits against one or two teachers; see ``distill_reference``.
 
-    logits_RV: floating. teachers: teacher 1 first. labels_R: next tokens, already shifted; -100 is ignored.
-    gold_R: bool, which labels are gold (None: all that are not -100). taboo_ids: 1-D ids forbidden everywhere;
-    taboo_RK: further ids per position, -1 padded. num_items: what the sum over positions is divided by, the
-    number of valid positions of the whole global batch; None counts those of this call. inplace: allows an
-    implementation to overwrite logits_RV with its gradient. Gradients flow to the logits alone.
+    logits_RV: floating. teachers: teacher 1 first. labels_R: next tokens, already shifted; -100 is
+    ignored. gold_R: bool, which labels are gold (None: all that are not -100). taboo_ids: 1-D ids
+    forbidden everywhere; taboo_RK: further ids per position, -1 padded. num_items: what the sum
+    over positions is divided by, the number of valid positions of the whole global batch; None
+    counts those of this call. inplace: allows an implementation to overwrite logits_RV with its
+    gradient. Gradients flow to the logits alone.
 
-    ValueError for shapes or options that do not fit (sampled supports with another divergence than forward KL).
+    ValueError for shapes or options that do not fit (sampled supports with another divergence than
+    forward KL).
     """
     has_taboo = taboo_ids is not None or taboo_RK is not None
     check_arguments(logits_RV.shape[0], teachers, labels_R, spec, gold_R, has_taboo)

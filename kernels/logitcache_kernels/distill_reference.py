@@ -1,8 +1,8 @@
-"""The oracle of the distillation loss: gate, blend, divergence and cross entropy, written to be read.
+"""The oracle of the distillation loss: gate, blend, divergence, cross entropy; made to be read.
 
 Per position, with teachers g = 1, 2 (DESIGN section 4):
 
-    p_g^T(v)  = exp(logp_g(v)/T - F_g(T))        on its support; the tail is what certain entries leave of 1
+    p_g^T(v)  = exp(logp_g(v)/T - F_g(T))        on its support; certain entries leave the tail
     JS        = 1/2 KL(p1||m) + 1/2 KL(p2||m)    bits, T = 1, certain entries and one tail bucket
     strategy  = BLENDED if JS < js_threshold, else T1_ONLY if conf_1 > confidence_threshold,
                 else GOLD_FALLBACK if there is a gold label, else SKIP
@@ -10,8 +10,8 @@ Per position, with teachers g = 1, 2 (DESIGN section 4):
     l         = w (alpha CE(z, y) [gold] + beta T^2 D(target || softmax(z/T)) + gamma R)
     R         = (1 - JS) KL(p1^T || softmax(z/T)) where JS < js_threshold, else 0
 
-The student enters through lse(z/T), lse(z), its logits at support ids, and the mass outside the support
-(summed over the tail itself, so without cancellation). Autograd gives the gradient.
+The student enters through lse(z/T), lse(z), its logits at support ids, and the mass outside the
+support (summed over the tail itself, so without cancellation). Autograd gives the gradient.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .types import (
 
 
 class Gate(NamedTuple):
-    """Strategy (int8), JS in bits, blend weights of both teachers and position weight, each of shape R."""
+    """Strategy (int8), JS in bits, blend weights of both teachers, weight of the position."""
 
     strategy_R: torch.Tensor
     js_R: torch.Tensor
@@ -51,13 +51,13 @@ def _log(x: torch.Tensor) -> torch.Tensor:
 
 
 def _times(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x * y where 0 times anything is 0, in the value and in the gradient."""
-    alive = x > 0
+    """x * y where 0 times anything is 0, in the value and in the gradient; NaN stays NaN."""
+    alive = x != 0
     return torch.where(alive, x * torch.where(alive, y, 0.0), 0.0)
 
 
 def _scatter(ids_RK: torch.Tensor, values_RK: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Dense R x V tensor of values at ids, 0 elsewhere; entries outside the vocabulary are dropped."""
+    """Dense R x V tensor of values at ids, 0 elsewhere; ids outside the vocabulary are dropped."""
     inside_RK = (ids_RK >= 0) & (ids_RK < vocab_size)
     dense = values_RK.new_zeros(ids_RK.shape[0], vocab_size + 1)
     dense.scatter_(-1, torch.where(inside_RK, ids_RK, vocab_size).long(), values_RK)
@@ -75,6 +75,7 @@ class _Teacher:
     """One teacher's support with its masks, in the dtype of the computation."""
 
     def __init__(self, teacher: SparseTeacher, vocab_size: int, dtype: torch.dtype):
+        teacher = SparseTeacher(*(None if x is None else x.detach() for x in teacher))
         self.ids_RK = teacher.ids_RK
         self.valid_RK = (teacher.ids_RK >= 0) & (teacher.ids_RK < vocab_size)
         self.logp_RK = torch.where(self.valid_RK, teacher.logp_RK.to(dtype), -torch.inf)
@@ -111,7 +112,7 @@ def gate_reference(
     gold_R: torch.Tensor,
     dtype: torch.dtype = torch.float32,
 ) -> Gate:
-    """Decide the strategy of each position from the teachers alone. gold_R: bool, a usable gold label."""
+    """Decide each position's strategy from the teachers alone. gold_R: has a usable gold label."""
     first = _Teacher(teachers[0], vocab_size, dtype)
     valid_R = labels_R != IGNORED_LABEL
     one_R = torch.ones(len(labels_R), dtype=dtype, device=labels_R.device)
@@ -160,11 +161,14 @@ class _Student:
         self.lse_R = self.scaled_RV.logsumexp(-1)
         self._tempered_RV: torch.Tensor | None = None
 
-    def logq(self, ids_RK: torch.Tensor) -> torch.Tensor:
-        return _lookup(self.scaled_RV, ids_RK) - self.lse_R[:, None]
+    def logq(self, ids_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log softmax(z/T) at ids, and which of them the student can reach (logit not -inf)."""
+        logits_RK = _lookup(self.scaled_RV, ids_RK)
+        reach_RK = ~torch.isneginf(logits_RK)
+        return torch.where(reach_RK, logits_RK, 0.0) - self.lse_R[:, None], reach_RK
 
     def outside(self, ids_RK: torch.Tensor) -> torch.Tensor:
-        """Mass outside the given ids (those outside the vocabulary are ignored), summed over the tail."""
+        """Mass outside the given ids (padding among them is ignored), summed over the tail."""
         if self._tempered_RV is None:
             self._tempered_RV = (self.scaled_RV - self.lse_R[:, None]).exp()
         ones_RK = torch.ones(ids_RK.shape, dtype=torch.bool, device=ids_RK.device)
@@ -180,23 +184,25 @@ def _divergence(
     used_RK: torch.Tensor,
     target_RK: torch.Tensor,
 ) -> torch.Tensor:
-    """D(target || student) over a support (masked by used_RK) and, with spec.tail="bucket", its complement."""
-    logq_RK = student.logq(ids_RK)
-    # A student logit of -inf is a masked token: q = 0, and what a target asks of it cannot be had.
-    used_RK = used_RK & (torch.isfinite(logq_RK) | (kind != "forward_kl"))
-    logq_RK = torch.where(used_RK & torch.isfinite(logq_RK), logq_RK, -torch.inf)
-    q_RK = logq_RK.exp()
-    logq_RK = torch.where(torch.isfinite(logq_RK), logq_RK, 0.0)
+    """D(target || student) over the used ids and, with spec.tail="bucket", all others as one."""
+    logq_RK, reach_RK = student.logq(ids_RK)
+    reach_RK = reach_RK & used_RK
+    logq_RK = torch.where(reach_RK, logq_RK, 0.0)
+    q_RK = torch.where(reach_RK, logq_RK.exp(), 0.0)
     target_RK = torch.where(used_RK, target_RK, 0.0)
+    mass_R1 = target_RK.sum(-1, keepdim=True)
+    if kind == "forward_kl":
+        # What a target asks of a token masked in the student (q = 0) cannot be had: that term goes,
+        # and the tail does not inherit its mass.
+        target_RK = torch.where(reach_RK, target_RK, 0.0)
     terms_q, terms_logq, terms_p = [q_RK], [logq_RK], [target_RK]
     if spec.tail == "renormalise":
-        mass_R1 = target_RK.sum(-1, keepdim=True).clamp_min(PROBABILITY_FLOOR)
         kept_R1 = q_RK.sum(-1, keepdim=True).clamp_min(PROBABILITY_FLOOR)
-        terms_p, terms_q = [target_RK / mass_R1], [q_RK / kept_R1]
+        terms_p, terms_q = [target_RK / mass_R1.clamp_min(PROBABILITY_FLOOR)], [q_RK / kept_R1]
         terms_logq = [logq_RK - kept_R1.log()]
     elif spec.tail == "bucket":
         outside_R1 = student.outside(torch.where(used_RK, ids_RK, -1))[:, None]
-        terms_p.append((1.0 - target_RK.sum(-1, keepdim=True)).clamp_min(0.0))
+        terms_p.append((1.0 - mass_R1).clamp_min(0.0))
         terms_q.append(outside_R1)
         terms_logq.append(_log(outside_R1))
     p, q, logq = (torch.cat(x, dim=-1) for x in (terms_p, terms_q, terms_logq))
@@ -232,15 +238,16 @@ class _Position:
     def cross_entropy(self, labels_R: torch.Tensor, gold_R: torch.Tensor) -> torch.Tensor:
         """CE at T = 1 where there is a gold label that the student can reach, else 0."""
         gold_logit_R = _lookup(self.z_RV, labels_R[:, None])[:, 0]
-        gold_R = gold_R & torch.isfinite(gold_logit_R)
+        gold_R = gold_R & ~torch.isneginf(gold_logit_R)
         lse_R = self.student.lse_R if self.spec.temperature == 1 else self.z_RV.logsumexp(-1)
         return torch.where(gold_R, lse_R - torch.where(gold_R, gold_logit_R, 0.0), 0.0)
 
     def support(self, with_second: bool) -> tuple[torch.Tensor, ...]:
-        """The target's support: ids, which are used, weight of each in the target, its plain probability.
+        """The target's support: ids, which are used, their weight in the target, plain probability.
 
-        Weight and plain probability differ by the inclusion of sampled entries. Teacher 1's entries come
-        first, with teacher 2's share of the ids that both keep; then teacher 2's others, then taboo ids.
+        Weight and plain probability differ by the inclusion of sampled entries. Teacher 1's
+        entries come first, with teacher 2's share of the ids that both keep; then teacher 2's
+        others, then taboo ids.
         """
         spec, first = self.spec, self.teachers[0]
         plain_RK = first.target(spec.temperature, self.taboo_RV)
@@ -275,8 +282,8 @@ class _Position:
         if not self.sampled:
             return _divergence(self.spec, kind, self.student, ids_RK, used_RK, weight_RK)
         # Sampled: sum q (log target - log student), linear in q, hence unbiased; no bucket.
-        logq_RK = self.student.logq(ids_RK)
-        used_RK = used_RK & torch.isfinite(logq_RK)
+        logq_RK, reach_RK = self.student.logq(ids_RK)
+        used_RK = used_RK & reach_RK
         logq_RK = torch.where(used_RK, logq_RK, 0.0)
         return _times(torch.where(used_RK, weight_RK, 0.0), _log(plain_RK) - logq_RK).sum(-1)
 
@@ -299,10 +306,13 @@ def _taboo_ids(
 
 
 def usable_gold(
-    labels_R: torch.Tensor, gold_R: torch.Tensor | None, taboo_RV: torch.Tensor | None
+    labels_R: torch.Tensor,
+    gold_R: torch.Tensor | None,
+    taboo_RV: torch.Tensor | None,
+    vocab_size: int,
 ) -> torch.Tensor:
-    """Which positions have a gold label: not ignored, marked as gold, not taboo."""
-    usable_R = labels_R != IGNORED_LABEL
+    """Which positions have a gold label: in the vocabulary, marked as gold, not taboo."""
+    usable_R = (labels_R >= 0) & (labels_R < vocab_size)  # an ignored label is negative
     if gold_R is not None:
         usable_R = usable_R & gold_R.bool()
     if taboo_RV is not None:
@@ -317,7 +327,7 @@ def taboo_mask(
     taboo_ids: torch.Tensor | None,
     taboo_RK: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Taboo ids per position (unique, -1 padded) and the same as a bool R x V mask; None if there are none."""
+    """Taboo ids per position (unique, -1 padded) and the same as a bool R x V mask, if any."""
     ids_RK = _taboo_ids(num_rows, device, taboo_ids, taboo_RK)
     if ids_RK is None:
         return None, None
@@ -342,10 +352,10 @@ def distill_loss_reference(
     if num_items is None:
         num_items = valid_R.sum().clamp_min(1)
     forbidden_RK, taboo_RV = taboo_mask(vocab_size, num_rows, logits_RV.device, taboo_ids, taboo_RK)
-    gold_R = usable_gold(labels_R, gold_R, taboo_RV)
+    gold_R = usable_gold(labels_R, gold_R, taboo_RV, vocab_size)
     gate = gate_reference(teachers, labels_R, spec, vocab_size, gold_R, dtype)
 
-    # Nothing of an ignored or SKIP position is looked at: neither its logits nor its teachers may spoil a sum.
+    # Nothing of an ignored or SKIP position is looked at: a NaN there may not spoil the sum.
     (rows,) = (gate.strategy_R != SKIP).nonzero(as_tuple=True)
     z_RV = logits_RV[rows].to(dtype)
     if taboo_RV is not None and forbidden_RK is not None:
@@ -362,13 +372,17 @@ def distill_loss_reference(
         spec,
     )
     ce_r = position.cross_entropy(labels_R[rows], gold_R[rows] & ~masked_R)
-    kd_r = spec.temperature**2 * position.divergence(spec.divergence, with_second=len(teachers) == 2)
+    kd_r = spec.temperature**2 * position.divergence(
+        spec.divergence, with_second=len(teachers) == 2
+    )
     kd_r = torch.where(position.gate.strategy_R == GOLD_FALLBACK, ce_r, kd_r)
     kd_r = torch.where(masked_R, 0.0, kd_r)
     loss_r = spec.alpha * ce_r + spec.beta * kd_r
     if spec.gamma and len(teachers) == 2:
         agree_r = (position.gate.strategy_R == BLENDED) & ~masked_R
-        agreement_r = (1.0 - position.gate.js_R) * position.divergence("forward_kl", with_second=False)
+        agreement_r = (1.0 - position.gate.js_R) * position.divergence(
+            "forward_kl", with_second=False
+        )
         loss_r = loss_r + spec.gamma * torch.where(agree_r, agreement_r, 0.0)
     loss = (position.gate.weight_R * loss_r).sum() / num_items
 

@@ -1,9 +1,10 @@
 """The distillation loss on hidden states and an output projection, without the full R x V logits.
 
-Positions are taken in chunks. Each chunk's logits, its gradient and that gradient's two matrix products are
-computed in the forward pass, while the chunk is there (as Liger's fused linear cross entropy does); the
-backward pass only multiplies by the incoming scalar. Positions without loss (ignored or SKIP) are dropped
-before the first product. Weight gradients accumulate in float32 (float64 for float64 inputs).
+Positions are taken in chunks. Each chunk's logits, its gradient and that gradient's two matrix
+products are computed in the forward pass, while the chunk is there (as Liger's fused linear cross
+entropy does); the backward pass only multiplies by the incoming scalar. Positions without loss
+(ignored or SKIP) are dropped before the first product. Weight gradients accumulate in float32
+(float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from .distill_reference import (
     taboo_mask,
     usable_gold,
 )
-from .types import SKIP, DistillOutput, DistillSpec, SparseTeacher
+from .types import IGNORED_LABEL, SKIP, DistillOutput, DistillSpec, SparseTeacher
 
-# Elements of one chunk of eager logits: about ten float32 temporaries of this size are alive at once.
+# Elements of one chunk of eager logits: about ten float32 temporaries of this size live at once.
 _CHUNK_ELEMENTS = 2**25
 
 
@@ -35,7 +36,7 @@ def head_logits(
     scale: float = 1.0,
     logits_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Logits of an output projection: softcap * tanh(scale * (h W' + b) / softcap), the cap optional."""
+    """Logits of a projection: softcap * tanh(scale * (h W' + b) / softcap), the cap optional."""
     dtype = hidden_RD.dtype if logits_dtype is None else logits_dtype
     logits_RV = hidden_RD.to(dtype) @ weight_VD.to(dtype).T
     if bias_V is not None:
@@ -51,7 +52,8 @@ class _Inputs:
     """Everything of the call that has no gradient; rows can be picked."""
 
     def __init__(self, teachers, labels_R, gold_R, taboo_RK):
-        self.teachers, self.labels_R, self.gold_R, self.taboo_RK = teachers, labels_R, gold_R, taboo_RK
+        self.teachers, self.labels_R = teachers, labels_R
+        self.gold_R, self.taboo_RK = gold_R, taboo_RK
 
     def rows(self, index: Any) -> _Inputs:
         def pick(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -77,7 +79,9 @@ class _LinearDistill(torch.autograd.Function):
             rows = slice(start, start + chunk)
             part = inputs.rows(rows)
             leaf_RD = hidden_RD[rows].detach()
-            raw_RV = head_logits(leaf_RD, weight_VD.detach(), bias_V, logits_dtype=head["logits_dtype"])
+            raw_RV = head_logits(
+                leaf_RD, weight_VD.detach(), bias_V, logits_dtype=head["logits_dtype"]
+            )
             with torch.enable_grad():
                 raw_RV = raw_RV.detach().requires_grad_(any(wants))
                 logits_RV = raw_RV if head["scale"] == 1.0 else raw_RV * head["scale"]
@@ -115,7 +119,8 @@ class _LinearDistill(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _kd, _ce):
-        grads = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.grads]
+        # A scalar tensor does not change the other factor's dtype, and is not rounded to it either.
+        grads = [None if grad is None else grad * grad_loss for grad in ctx.grads]
         return (*grads, None, None, None, None, None, None)
 
 
@@ -135,23 +140,34 @@ def linear_distill_loss(
     taboo_ids: torch.Tensor | None = None,
     taboo_RK: torch.Tensor | None = None,
     num_items: torch.Tensor | float | None = None,
+    inplace: bool = False,
     impl: str = "auto",
 ) -> DistillOutput:
-    """Give the loss of ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`` against the teachers.
+    """Give the loss of ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``.
 
-    hidden_RD, weight_VD, bias_V: floating; gradients flow to each that asks for one. chunk: positions per
-    chunk (None: by the size of the vocabulary). logits_dtype: of a chunk's logits (None: the hidden states').
-    The other arguments, and the errors, are those of ``distill_loss``.
+    hidden_RD, weight_VD, bias_V: floating; gradients flow to each that asks for one. chunk:
+    positions per chunk (None: by the size of the vocabulary). logits_dtype: of a chunk's logits
+    (None: the hidden states'). The other arguments, and the errors, are those of ``distill_loss``.
     """
     num_rows, vocab_size = hidden_RD.shape[0], weight_VD.shape[0]
     has_taboo = taboo_ids is not None or taboo_RK is not None
     check_arguments(num_rows, teachers, labels_R, spec, gold_R, has_taboo)
+    if weight_VD.ndim != 2 or hidden_RD.ndim != 2 or hidden_RD.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            "hidden_RD, weight_VD: expected shapes (R, D) and (V, D), "
+            f"found {tuple(hidden_RD.shape)} and {tuple(weight_VD.shape)}"
+        )
+    if bias_V is not None and bias_V.shape != (vocab_size,):
+        raise ValueError(f"bias_V: expected shape ({vocab_size},), found {tuple(bias_V.shape)}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk: expected a positive number of positions, found {chunk}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected a positive number or None, found {softcap}")
     choose_impl(impl, hidden_RD)
 
-    # The gate needs the teachers alone: decide first which positions go through the matrix products.
-    wide = torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32
+    # The gate needs the teachers alone: decide first which positions go through the products.
+    logits_dtype = hidden_RD.dtype if logits_dtype is None else logits_dtype
+    wide = torch.float64 if logits_dtype == torch.float64 else torch.float32
     step = chunk or max(_CHUNK_ELEMENTS // vocab_size, 16)
     everything = _Inputs(tuple(teachers), labels_R, gold_R, taboo_RK)
     gates = []
@@ -160,13 +176,15 @@ def linear_distill_loss(
         _, taboo_RV = taboo_mask(
             vocab_size, len(part.labels_R), hidden_RD.device, taboo_ids, part.taboo_RK
         )
-        gold = usable_gold(part.labels_R, part.gold_R, taboo_RV)
+        gold = usable_gold(part.labels_R, part.gold_R, taboo_RV, vocab_size)
         gates.append(gate_reference(part.teachers, part.labels_R, spec, vocab_size, gold, wide))
     gate = [torch.cat(columns) for columns in zip(*gates, strict=True)]
     strategy_R, js_R, weight_R = gate[0], gate[1], gate[4]
     if num_items is None:
-        num_items = (labels_R != -100).sum().clamp_min(1)
+        num_items = (labels_R != IGNORED_LABEL).sum().clamp_min(1)
 
+    if not torch.is_grad_enabled():  # else the weight's gradient would be computed and thrown away
+        weight_VD, bias_V = weight_VD.detach(), None if bias_V is None else bias_V.detach()
     (kept,) = (strategy_R != SKIP).nonzero(as_tuple=True)
     # Autocast must not reach into the products below: their dtypes are chosen here.
     with torch.autocast(hidden_RD.device.type, enabled=False):

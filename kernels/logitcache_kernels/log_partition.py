@@ -1,8 +1,8 @@
 """The log-partition F(T) between the points of the temperature grid.
 
-F(T) = logaddexp(logsumexp over certain entries of logp/T, G(T)). The first part is exact at any T; only the
-tail's G is interpolated, by a cubic spline in 1/T. In the exponential family G is smooth and convex in
-1/T, its derivative the tail's mean logp, which is why 1/T is the right abscissa.
+F(T) = logaddexp(logsumexp over certain entries of logp/T, G(T)). The first part is exact at any T;
+only the tail's G is interpolated, by a cubic spline in 1/T. In the exponential family G is smooth
+and convex in 1/T, its derivative the tail's mean logp, which is why 1/T is the right abscissa.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .types import TEMPERATURES
 
 
 def _not_a_knot(knots: torch.Tensor, x: float) -> torch.Tensor:
-    """Weights c with spline(x) = c @ values, for the cubic spline through >= 4 knots (rising order)."""
+    """Weights c with spline(x) = c @ values, a cubic spline through >= 4 knots (rising order)."""
     n = len(knots)
     h = knots[1:] - knots[:-1]
     # Rows of A m = B y for the second derivatives m at the knots.
@@ -42,18 +42,23 @@ def spline_weights(
 ) -> torch.Tensor:
     """Give float64 weights c (one per grid point) such that G(temperature) = c @ G(grid).
 
-    A unit vector where the temperature is on the grid. ValueError outside the grid, or between points of a
-    grid of fewer than four.
+    A unit vector where the temperature is on the grid. ValueError outside the grid, or between
+    points of a grid of fewer than four.
     """
     grid = [float(t) for t in temperatures]
     if temperature in grid:
         weights = torch.zeros(len(grid), dtype=torch.float64)
         weights[grid.index(temperature)] = 1.0
         return weights
-    if not min(grid) < temperature < max(grid) or len(grid) < 4:
+    if not min(grid) < temperature < max(grid):
         raise ValueError(
             f"temperature: expected a value within the stored grid {grid}, found {temperature:g}; "
             "choose one inside, or capture with a wider grid"
+        )
+    if len(grid) < 4:
+        raise ValueError(
+            f"temperature: expected a point of the stored grid {grid}, which is too short to "
+            f"interpolate (that needs four points), found {temperature:g}"
         )
     inverse = 1.0 / torch.tensor(grid, dtype=torch.float64)
     order = torch.argsort(inverse)
@@ -74,8 +79,8 @@ def log_partition(
     certain_RK is a bool mask over logp_RK. An empty tail is -inf at every grid point.
     """
     weights = spline_weights(temperature, temperatures).to(tail_log_partition_RT)
-    empty_R = torch.isneginf(tail_log_partition_RT).any(-1)
-    tail_R = (tail_log_partition_RT.nan_to_num(neginf=0.0) * weights).sum(-1)
-    tail_R = torch.where(empty_R, -torch.inf, tail_R)
+    empty_RT = torch.isneginf(tail_log_partition_RT)
+    tail_R = (tail_log_partition_RT.masked_fill(empty_RT, 0.0) * weights).sum(-1)
+    tail_R = tail_R.masked_fill(empty_RT.any(-1), -torch.inf)
     certain_R = torch.where(certain_RK, logp_RK / temperature, -torch.inf).logsumexp(-1)
     return torch.logaddexp(certain_R, tail_R)

@@ -1,7 +1,7 @@
 """Tensors and options that the kernels take and give.
 
-Shape suffixes used throughout this package: R rows (token positions), K kept entries of one teacher,
-V vocabulary, D hidden size, T points of the temperature grid.
+Shape suffixes used throughout this package: R rows (token positions), K kept entries of one
+teacher, V vocabulary, D hidden size, T points of the temperature grid.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ PROBABILITY_FLOOR = 1e-7
 class SparseTeacher(NamedTuple):
     """One teacher's distribution at R positions, kept sparsely.
 
-    ids_RK: int32 token ids, unique within a position; -1 (or any id outside the vocabulary) is padding.
+    ids_RK: int32 token ids, unique within a position; -1 (or any id outside the vocabulary) is
+        padding.
     logp_RK: floating, natural log under the full vocabulary at temperature 1; -inf at padding.
-    log_partition_R: floating, F(T) = log sum_v exp(logp_v / T) at the temperature of the loss; F(1) = 0.
+    log_partition_R: floating, F(T) = log sum_v exp(logp_v / T) at the temperature of the loss;
+        F(1) = 0.
     entropy_R: floating, nats at temperature 1; only ``confidence="entropy"`` needs it.
-    inclusion_RK: floating in (0, 1], the probability with which the entry was kept; 1 means kept for
-        certain. ``None`` says that this is a top-k support: all entries certain, the rest a tail bucket.
+    inclusion_RK: floating in (0, 1], the probability with which the entry was kept; 1 means kept
+        for certain. ``None`` says that this is a top-k support: all entries certain, the rest a
+        tail bucket.
     """
 
     ids_RK: torch.Tensor
@@ -62,8 +65,10 @@ class Capture(NamedTuple):
     ids_RK: int32, by falling logp, ties by the lower id; -1 is padding.
     logp_RK: floating, natural log at temperature 1; -inf at padding.
     inclusion_RK: floating, 1 for entries kept for certain; 0 at padding.
-    tail_log_partition_RT: G(T) = log sum over entries not certain of exp(logp / T); -inf if there are none.
-    entropy_R: nats. top1_logp_R: largest logp. gold_logp_R: logp of the label, NaN where there is none.
+    tail_log_partition_RT: G(T) = log sum over entries not certain of exp(logp / T); -inf if there
+        are none.
+    entropy_R: nats. top1_logp_R: largest logp.
+    gold_logp_R: logp of the label, NaN where there is none.
     count_R: int32, entries that belong to the support (more than K says that entries were cut off);
         -1 flags a row with NaN, +inf or nothing but -inf: its ids are -1 and its statistics NaN.
     """
@@ -92,12 +97,13 @@ def _within(name: str, value: float, low: float, high: float) -> None:
 class DistillSpec:
     """Gate, blend and loss of one position; the formulas stand in ``distill_reference``.
 
-    temperature: T of the divergence. alpha, beta, gamma: weights of cross entropy, T^2 * divergence and the
-    agreement term. jsd_beta: weight of the target in the mixture of ``divergence="jsd"``, in (0, 1).
-    js_threshold: bits; below it the teachers are blended. confidence_threshold: teacher 1 above it stands
-    alone. confidence: "top1" or "entropy". gold_weight: weight of GOLD_FALLBACK positions.
-    tail: what a top-k support does with the rest, "bucket", "renormalise" or "none".
-    taboo: "target" pushes the student off taboo ids, "neutral" leaves those logits alone.
+    temperature: T of the divergence. alpha, beta, gamma: weights of cross entropy, T^2 *
+    divergence and the agreement term. jsd_beta: weight of the target in the mixture of
+    ``divergence="jsd"``, in (0, 1). js_threshold: bits; below it the teachers are blended.
+    confidence_threshold: teacher 1 above it stands alone. confidence: "top1" or "entropy".
+    gold_weight: weight of GOLD_FALLBACK positions. tail: what a top-k support does with the rest,
+    "bucket", "renormalise" or "none". taboo: "target" pushes the student off taboo ids, "neutral"
+    leaves those logits alone.
     """
 
     temperature: float = 2.0
@@ -124,4 +130,7 @@ class DistillSpec:
         # 0 switches BLENDED off; anything above 1 bit blends everywhere.
         _within("js_threshold", self.js_threshold, 0.0, 2.0)
         _within("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
-        _within("jsd_beta", self.jsd_beta, 1e-3, 1 - 1e-3)
+        if not 0.0 < self.jsd_beta < 1.0:
+            raise ValueError(
+                f"jsd_beta: expected a number above 0 and below 1, found {self.jsd_beta!r}"
+            )

@@ -1,14 +1,14 @@
 """Uniform numbers that are a pure function of (seed, position, token id).
 
-The 32-bit mixer is "lowbias32" of C. Wellons' hash prospector (public domain): two rounds of xor-shift
-and multiply, chosen there for the lowest avalanche bias. Two keys are made of (seed, position); the number
-for token id v is
+The 32-bit mixer is "lowbias32" of C. Wellons' hash prospector (public domain): two rounds of
+xor-shift and multiply, chosen there for the lowest avalanche bias. Two keys are made of (seed,
+position); the number for token id v is
 
     high 16 bits: half (v mod 2) of mix(key0 + (v // 2) * 0x9E3779B9)
     low  16 bits: upper half of mix(key1 + v * 0x85EBCA6B)
 
-so a kernel computes one word per two ids, and the low half only for the few ids whose high half does not
-decide. Integers only: every implementation gets the same bits.
+so a kernel computes one word per two ids, and the low half only for the few ids whose high half
+does not decide. Integers only: every implementation gets the same bits.
 """
 
 from __future__ import annotations
