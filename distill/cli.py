@@ -1,0 +1,140 @@
+"""``distill``: train students from a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from logitcache.command import Options, common_options, run_group, stop_on_signal
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="logitcache")
+def cli() -> None:
+    """Train the next generation of a language model from a store of two teachers.
+
+    \b
+    distill demo
+    distill train --store store --student GEN_N --out child
+    """
+
+
+@cli.command()
+@click.option("--store", type=Path, required=True, help="Store that logitcache build made.")
+@click.option("--student", type=Path, required=True, help="Model folder to start from.")
+@click.option("--out", type=Path, required=True, help="Folder of the trained student.")
+@click.option("--eval-store", type=Path, help="Store of held-out text, evaluated before and after.")
+@click.option("--config", type=Path, help="YAML or JSON file of settings.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
+@click.option("--dry-run", is_flag=True, help="Check that all fits and say what would be done.")
+@click.option("--fresh", is_flag=True, help="Delete a run that is there and train anew.")
+@common_options
+def train(
+    options: Options,
+    store: Path,
+    student: Path,
+    out: Path,
+    eval_store: Path | None,
+    config: Path | None,
+    assignments: tuple[str, ...],
+    dry_run: bool,
+    fresh: bool,
+) -> None:
+    """Train a student; the same command continues a run that was interrupted.
+
+    Settings are the fields of transformers.TrainingArguments and of DistillSpec:
+    --set max_steps=200 --set learning_rate=1e-4 --set temperature=1.5 --set alpha=0.1
+    """
+    from logitcache.config import read_settings
+
+    settings = read_settings(config, assignments, {})
+    # Store, student and settings are looked at before torch takes its seconds to load.
+    from logitcache.reader import open_store
+
+    for path in filter(None, (store, eval_store)):
+        open_store(path)
+    _quiet_libraries()
+    from logitcache.causal_lm import check_model_folder
+
+    from .train import TrainRequest, make_trainer
+    from .train import train as run_train
+
+    check_model_folder(student)
+    request = TrainRequest(store, student, out, eval_store, settings)
+    if dry_run:
+        options.result(*_describe_plan(request, make_trainer))
+        return
+    with stop_on_signal() as stop:
+        record = run_train(request, fresh=fresh, stop=stop, note=options.note)
+    document = {
+        **record["metrics"],
+        "before": record["before"],
+        "after": record["after"],
+        "steps": record["steps"],
+        "output": record["output"],
+    }
+    lines = [
+        f"student    {out}  ({record['steps']} steps; averaged weights, raw ones in {out / 'raw'})",
+        f"log        {out / 'log.jsonl'}",
+        f"loss       {record['metrics']['last'].get('loss', float('nan')):.4f} at the last step",
+    ]
+    if record["after"]:
+        before, after = record["before"], record["after"]
+        lines.append(
+            f"held out   loss {before['before_loss']:.4f} -> {after['after_loss']:.4f}, "
+            f"KL to the teachers {before['before_kl']:.4f} -> {after['after_kl']:.4f}"
+        )
+    options.result(document, "\n".join(lines))
+
+
+@cli.command()
+@click.option(
+    "--out", type=Path, default=Path("demo"), show_default=True, help="Folder for what it makes."
+)
+@common_options
+def demo(options: Options, out: Path) -> None:
+    """Run the main job on bundled text and two small bundled generations: on a CPU, offline.
+
+    Capture both teachers, train a student from the store, compare all of them on held-out text.
+    """
+    _quiet_libraries()
+    from .demo import run_demo
+
+    document, text = run_demo(out, options)
+    options.result(document, text)
+
+
+def _describe_plan(request: Any, make_trainer: Any) -> tuple[dict[str, Any], str]:
+    config = request.config()
+    trainer = make_trainer(request, config)
+    rows = len(trainer.reader)
+    per_step = (
+        config.per_device_train_batch_size
+        * config.gradient_accumulation_steps
+        * trainer.accelerator.num_processes
+    )
+    epochs_steps = int(config.num_train_epochs * max(rows // per_step, 1))
+    document = {
+        "rows": rows,
+        "rows_per_step": per_step,
+        "steps": config.max_steps if config.max_steps > 0 else epochs_steps,
+        "device": str(config.device),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "spec": dict(trainer.spec.__dict__),
+    }
+    lines = ["store, student and settings fit; would train:"]
+    lines += [f"{key:14} {value}" for key, value in document.items()]
+    return document, "\n".join(lines)
+
+
+def _quiet_libraries() -> None:
+    """Loading bars and advice of libraries would mix with our own output."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def main() -> None:
+    run_group(cli, "distill")

@@ -1,0 +1,114 @@
+"""Settings of ``distill train``: the fields of TrainingArguments and DistillSpec, and a few of our own."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from logitcache.config import explain
+from logitcache.errors import UsageError
+from logitcache_kernels import DistillSpec
+from pydantic import TypeAdapter, ValidationError
+from transformers import TrainingArguments
+
+SPEC_FIELDS = tuple(f.name for f in dataclasses.fields(DistillSpec))
+
+
+@dataclass
+class DistillConfig(TrainingArguments):
+    """TrainingArguments with the fields of DistillSpec (see there) and of the averaged weights.
+
+    Unlike TrainingArguments, every step is logged, nothing is reported to outside services, and bf16 autocast is
+    on where a GPU can do it.
+    """
+
+    temperature: float = field(default=2.0, metadata={"help": "T of the divergence"})
+    alpha: float = field(default=0.1, metadata={"help": "weight of cross entropy with gold labels"})
+    beta: float = field(default=0.9, metadata={"help": "weight of T^2 * divergence"})
+    gamma: float = field(default=0.0, metadata={"help": "weight of the agreement term"})
+    divergence: str = field(default="forward_kl", metadata={"help": "forward_kl, reverse_kl, jsd"})
+    jsd_beta: float = field(default=0.5, metadata={"help": "jsd: weight of the target, in (0, 1)"})
+    js_threshold: float = field(default=0.1, metadata={"help": "bits below which teachers blend"})
+    confidence_threshold: float = field(
+        default=0.8, metadata={"help": "confidence above which teacher 1 stands alone"}
+    )
+    confidence: str = field(default="top1", metadata={"help": "top1 or entropy"})
+    gold_weight: float = field(default=0.5, metadata={"help": "weight of GOLD_FALLBACK positions"})
+    tail: str = field(default="bucket", metadata={"help": "top-k supports: bucket, renormalise, none"})
+    taboo: str = field(default="target", metadata={"help": "taboo ids: target or neutral"})
+
+    ema_decay: float = field(
+        default=0.999,
+        metadata={"help": "of the averaged weights; held to (1 + t) / (10 + t) at step t; 0 is off"},
+    )
+    loss_chunk: int | None = field(
+        default=None, metadata={"help": "positions whose logits exist at once; None chooses"}
+    )
+
+    logging_steps: float = field(default=1, metadata={"help": "log every N steps"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "must stay off"})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "must stay off"})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "see transformers"})
+    bf16: bool | None = field(default=None, metadata={"help": "bf16 autocast; None: where it works"})
+
+    def __post_init__(self) -> None:
+        import torch
+
+        if self.bf16 is None:
+            self.bf16 = not (self.fp16 or self.use_cpu) and (
+                torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            )
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor: the distillation loss has none; expected 0")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: expected a number in [0, 1), found {self.ema_decay}")
+        self.spec()  # refuses what it does not know
+        super().__post_init__()
+
+    @property
+    def n_gpu(self) -> int:
+        """One GPU a process: nn.DataParallel would bypass the loss; several GPUs are torchrun's job."""
+        return min(super().n_gpu, 1)
+
+    def spec(self, **changes: Any) -> DistillSpec:
+        """The DistillSpec of these settings."""
+        return DistillSpec(**{**{name: getattr(self, name) for name in SPEC_FIELDS}, **changes})
+
+
+def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn settings from a file or --set into typed values. UsageError names each that is wrong."""
+    hints = typing.get_type_hints(DistillConfig)
+    known = {f.name for f in dataclasses.fields(DistillConfig) if f.init}
+    result, problems = {}, []
+    for name, value in settings.items():
+        if name == "output_dir":
+            problems.append("output_dir: is set by --out")
+        elif name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            problems.append(f"{name}: no such setting" + (f"; is it {close[0]}?" if close else ""))
+        else:
+            try:
+                result[name] = TypeAdapter(hints[name]).validate_python(value)
+            except ValidationError as error:
+                problems.append(f"{name}: {explain(error)}")
+    if problems:
+        raise UsageError(
+            "\n".join(problems), "settings are the fields of TrainingArguments and DistillSpec"
+        )
+    return result
+
+
+def distill_config(settings: Mapping[str, Any], output_dir: str) -> DistillConfig:
+    """Make the resolved configuration. UsageError for values that do not go together."""
+    try:
+        return DistillConfig(**check_settings(settings), output_dir=output_dir)
+    except (ValueError, ImportError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(str(error)) from None

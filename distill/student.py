@@ -1,0 +1,142 @@
+"""The student: a transformers causal language model whose own forward computes the distillation loss.
+
+The loss is computed inside forward(), so that whatever wraps the model (DDP, FSDP, PEFT, autocast, gradient
+checkpointing) sees an ordinary forward pass, and chunk by chunk, so that R x V logits never exist at once.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from logitcache.causal_lm import Head, hidden_states
+from logitcache.reader import TeacherBatch
+from logitcache_kernels import (
+    STRATEGY_NAMES,
+    DistillOutput,
+    DistillSpec,
+    SparseTeacher,
+    head_logits,
+    linear_distill_loss,
+)
+
+# What forward() sums over a batch, in this order; see batch_sums.
+SUM_NAMES = ("valid", *STRATEGY_NAMES, "js", "ce", "kd", "ce_valid", "kl", "kl_positions")
+
+
+def to_inputs(batch: TeacherBatch, temperature: float) -> dict[str, Any]:
+    """Turn a batch of a store into keyword arguments of the student's forward."""
+    return {
+        "input_ids": torch.from_numpy(batch.rows.tokens.astype("int64")),
+        "position_ids": torch.from_numpy(batch.positions),
+        "labels": torch.from_numpy(batch.labels),  # already shifted
+        "gold": torch.from_numpy(batch.gold),
+        # Plain dicts: accelerate and DDP move them to the device, named tuples they cannot rebuild.
+        "teachers": [t.sparse_teacher(temperature)._asdict() for t in batch.teachers],
+        "num_tokens": int(batch.rows.lengths().sum()),
+    }
+
+
+def attach_loss(model: Any, spec: DistillSpec, chunk: int | None = None) -> None:
+    """Make model(..., teachers=..., labels=..., num_items=...) compute the loss; other calls stay as they are.
+
+    With teachers the forward returns {"loss": scalar, "sums": float64 tensor in the order of SUM_NAMES}; with
+    evaluate=True it also fills the sums of plain cross entropy and KL, without gradients.
+    """
+    plain_forward = model.forward
+
+    def forward(self: Any, *args: Any, teachers: Any = None, **kwargs: Any) -> Any:
+        if teachers is None:
+            return plain_forward(*args, **kwargs)
+        return _distill_forward(self, spec, chunk, teachers, **kwargs)
+
+    model.forward = MethodType(forward, model)
+
+
+def _distill_forward(
+    model: Any,
+    spec: DistillSpec,
+    chunk: int | None,
+    teachers: Any,
+    *,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    labels: torch.Tensor,
+    gold: torch.Tensor,
+    num_items: torch.Tensor | float | None = None,
+    evaluate: bool = False,
+    num_tokens: int = 0,
+) -> dict[str, torch.Tensor]:
+    hidden_RD = hidden_states(model, input_ids, position_ids).flatten(0, 1)
+    head = Head.of(model)
+    labels_R = labels.flatten()
+    output = linear_distill_loss(
+        hidden_RD,
+        head.weight_VD,
+        [SparseTeacher(**teacher) for teacher in teachers],
+        labels_R,
+        spec,
+        bias_V=head.bias_V,
+        softcap=head.softcap,
+        scale=head.scale,
+        chunk=chunk,
+        gold_R=gold.flatten(),
+        num_items=num_items,
+    )
+    cross_entropy = _cross_entropy_sum(hidden_RD, head, labels_R) if evaluate else 0.0
+    return {"loss": output.loss, "sums": batch_sums(output, labels_R, spec, cross_entropy)}
+
+
+@torch.no_grad()
+def batch_sums(
+    output: DistillOutput,
+    labels_R: torch.Tensor,
+    spec: DistillSpec,
+    cross_entropy: torch.Tensor | float,
+) -> torch.Tensor:
+    """Sums over a batch in the order of SUM_NAMES: valid positions, positions of each strategy, JS in bits,
+    the parts alpha * CE and beta * T^2 D of the loss, cross entropy of all valid positions, and KL = T^2 D over
+    the positions with a teacher target (kl_positions: BLENDED and T1_ONLY).
+    """
+    valid_R = labels_R != -100
+    strategy_R = output.strategy_R.masked_fill(~valid_R, -1)
+    weight_R = output.weight_R.double()
+    has_target_R = (strategy_R == 0) | (strategy_R == 1)
+    sums = [
+        valid_R.sum(),
+        *((strategy_R == number).sum() for number in range(len(STRATEGY_NAMES))),
+        output.js_R.double().sum(),
+        spec.alpha * (weight_R * output.ce_R).sum(),
+        spec.beta * (weight_R * output.kd_R).sum(),
+        torch.as_tensor(cross_entropy, device=labels_R.device),
+        (output.kd_R.double() * has_target_R).sum(),
+        has_target_R.sum(),
+    ]
+    return torch.stack([value.double() for value in sums])
+
+
+def _cross_entropy_sum(
+    hidden_RD: torch.Tensor, head: Head, labels_R: torch.Tensor
+) -> torch.Tensor:
+    """Sum of cross entropy at T = 1 over valid positions, in chunks."""
+    (kept,) = (labels_R != -100).nonzero(as_tuple=True)
+    chunk = max(2**25 // head.weight_VD.shape[0], 16)
+    total = torch.zeros((), dtype=torch.float64, device=hidden_RD.device)
+    for rows in kept.split(chunk):
+        logits_RV = head_logits(
+            hidden_RD[rows], head.weight_VD, head.bias_V, head.softcap, head.scale
+        ).float()
+        total += torch.nn.functional.cross_entropy(logits_RV, labels_R[rows], reduction="sum")
+    return total
+
+
+def as_metrics(sums: torch.Tensor) -> dict[str, float]:
+    """Shares, mean JS and parts of the loss from summed SUM_NAMES."""
+    value = dict(zip(SUM_NAMES, sums.tolist(), strict=True))
+    valid = max(value["valid"], 1.0)
+    metrics = {f"share_{name.lower()}": value[name] / valid for name in STRATEGY_NAMES}
+    metrics["mean_js"] = value["js"] / valid
+    metrics["loss_ce"] = value["ce"] / valid
+    metrics["loss_kd"] = value["kd"] / valid
+    return metrics

@@ -1,0 +1,277 @@
+"""``distill train``: from a store and a student's folder to a trained student with its run record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from logitcache import open_store
+from logitcache.causal_lm import load_causal_lm, model_identity
+from logitcache.environment import describe_environment
+from logitcache.errors import Interrupted, StoreError, UsageError
+from logitcache.files import lock, to_json, write_atomic
+from logitcache.tokenise import load_tokenizer
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from .config import DistillConfig, distill_config
+from .trainer import DistillTrainer
+
+RUN_FILE, LOG_FILE, RAW_FOLDER, CHECKPOINTS = "run.json", "log.jsonl", "raw", "checkpoints"
+_GPU_DATA_WORKERS = 4
+# Settings that change neither weights nor metrics: a run may be continued with others.
+_NO_IDENTITY = ("output_dir", "dataloader_", "logging_", "report_to", "disable_tqdm", "run_name")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRequest:
+    """store, student, out and eval_store are folders; settings are those of DistillConfig."""
+
+    store: Path
+    student: Path
+    out: Path
+    eval_store: Path | None
+    settings: dict[str, Any]
+
+    def config(self) -> DistillConfig:
+        settings = dict(self.settings)
+        if "dataloader_num_workers" not in settings and torch.cuda.is_available():
+            settings["dataloader_num_workers"] = _GPU_DATA_WORKERS
+        return distill_config(settings, str(self.out / CHECKPOINTS))
+
+
+def train(
+    request: TrainRequest,
+    *,
+    fresh: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Train, or go on with a run that was interrupted; returns the run record.
+
+    A finished run with the same settings is left as it is. Raises UsageError if the folder holds another run,
+    StoreError if store and student do not fit, Interrupted after a checkpoint was written because of stop().
+    """
+    config = request.config()
+    identity = _identity(request, config)
+    out = request.out
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: expected a folder, found a file", "give --out a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out / "train.lock"):
+        record = None if fresh else _existing_run(out, identity)
+        if record is not None and record["complete"]:
+            note(f"{out}: already trained; nothing was changed")
+            return record
+        if fresh:
+            _delete(out)
+        return _train(request, config, identity, stop, note)
+
+
+def _identity(request: TrainRequest, config: DistillConfig) -> dict[str, Any]:
+    """What makes two runs the same: store contents, student weights, settings."""
+    store = open_store(request.store)
+    identity = {
+        "store": {"data": store.manifest["data_sha256"], "teachers": store.store.teachers},
+        "student": model_identity(request.student),
+        "eval_store": None,
+        "settings": {k: v for k, v in config.to_dict().items() if not k.startswith(_NO_IDENTITY)},
+    }
+    if request.eval_store is not None:
+        identity["eval_store"] = open_store(request.eval_store).manifest["data_sha256"]
+    return _plain(identity)  # type: ignore[no-any-return]
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _existing_run(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of the run in a folder; None if the folder is free. UsageError if it is another run."""
+    path = out / RUN_FILE
+    if not path.is_file():
+        others = [p.name for p in out.iterdir() if p.suffix != ".lock"]
+        if others:
+            raise UsageError(
+                f"{out}: expected an empty folder or a run, found other files ({sorted(others)[0]}, ...)",
+                "give --out a new folder",
+            )
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = record["identity"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise StoreError(f"{path}: not a run record: {error}", "give --fresh to train anew") from None
+    changed = []
+    for part in identity:
+        if part == "settings":
+            keys = {*identity[part], *found.get(part, {})}
+            changed += [
+                f"{key}: this command {identity[part].get(key)!r}, run {found[part].get(key)!r}"
+                for key in sorted(keys)
+                if identity[part].get(key) != found[part].get(key)
+            ]
+        elif identity[part] != found.get(part):
+            changed.append(f"{part}: not the one of the run")
+    if changed:
+        raise UsageError(
+            f"{out}: holds another run:\n  " + "\n  ".join(changed),
+            "give --out another folder, or --fresh to delete this run and train anew",
+        )
+    return record  # type: ignore[no-any-return]
+
+
+def _delete(out: Path) -> None:
+    if not (out / RUN_FILE).is_file() and any(p.suffix != ".lock" for p in out.iterdir()):
+        raise UsageError(f"{out}: --fresh deletes runs only, found other files", "remove it yourself")
+    for child in out.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        elif child.suffix != ".lock":
+            child.unlink()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint: one that has the file which the Trainer writes last."""
+    found = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
+    ]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class _Watch(TrainerCallback):
+    """Stops at a step when asked to, after a checkpoint; writes each record to the log file."""
+
+    def __init__(self, stop: Callable[[], bool], log_path: Path, note: Callable[[str], None]):
+        self.stop, self.log_path, self.note = stop, log_path, note
+        self.said = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop():
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        with open(self.log_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if "loss" in logs and (time.monotonic() - self.said > 10 or state.global_step == state.max_steps):
+            self.said = time.monotonic()
+            self.note(
+                f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}, "
+                f"BLENDED {logs['share_blended']:.0%}, {logs['tokens_per_second']:,.0f} tokens/s"
+            )
+
+
+def make_trainer(request: TrainRequest, config: DistillConfig) -> DistillTrainer:
+    """Load the student in float32 and put it together with store and settings."""
+    device = torch.device("cpu") if config.use_cpu else config.device
+    model = load_causal_lm(request.student, torch.float32, device).train()
+    trainer = DistillTrainer(
+        model,
+        config,
+        request.store,
+        eval_store=request.eval_store,
+        processing_class=load_tokenizer(request.student),
+    )
+    for callback in (PrinterCallback, ProgressCallback):  # _Watch reports, stdout is for the result
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _train(
+    request: TrainRequest,
+    config: DistillConfig,
+    identity: dict[str, Any],
+    stop: Callable[[], bool],
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    out, started = request.out, time.monotonic()
+    trainer = make_trainer(request, config)
+    checkpoint = last_checkpoint(out / CHECKPOINTS)
+    is_main = trainer.is_world_process_zero()
+    record: dict[str, Any] = {
+        "command": "distill train",
+        "complete": False,
+        "output": str(out),
+        "store": str(request.store),
+        "student": str(request.student),
+        "eval_store": None if request.eval_store is None else str(request.eval_store),
+        "identity": identity,
+        "environment": describe_environment(),
+    }
+    before = None
+    if checkpoint is not None:
+        note(f"resuming {out} at {checkpoint.name}")
+        previous = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
+        before = previous.get("before")
+        _drop_later_records(out / LOG_FILE, int(checkpoint.name.rpartition("-")[2]))
+    else:
+        (out / LOG_FILE).unlink(missing_ok=True)
+        if trainer.eval_reader is not None:
+            before = trainer.evaluate(metric_key_prefix="before")
+    record["before"] = before
+    if is_main:
+        write_atomic(out / RUN_FILE, to_json(record))
+    trainer.add_callback(_Watch(stop, out / LOG_FILE, note))
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop() and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"{out}: stopped, saved step {trainer.state.global_step} of {trainer.state.max_steps}",
+            "run the same command again to continue",
+        )
+    after = trainer.evaluate(metric_key_prefix="after") if trainer.eval_reader is not None else None
+    if is_main:
+        _save_student(trainer, request.student, out)
+    last = next((r for r in reversed(trainer.state.log_history) if "loss_kd" in r), {})
+    rates = [r["tokens_per_second"] for r in trainer.state.log_history if "tokens_per_second" in r]
+    record |= {
+        "complete": True,
+        "steps": trainer.state.global_step,
+        "metrics": {
+            "train_loss": result.training_loss,
+            "last": {k: v for k, v in last.items() if k not in ("step", "epoch")},
+            "median_tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,
+            "gpu_memory_peak_bytes": (
+                torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+            ),
+        },
+        "after": after,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if is_main:
+        write_atomic(out / RUN_FILE, to_json(record))
+    return record
+
+
+def _drop_later_records(path: Path, step: int) -> None:
+    """Forget records of steps that a resumed run will take again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line and json.loads(line)["step"] <= step]
+        write_atomic(path, "".join(line + "\n" for line in kept))
+
+
+def _save_student(trainer: DistillTrainer, source: Path, out: Path) -> None:
+    """Save the averaged weights as the student and the raw ones beside it, in the student's own dtype."""
+    from transformers import AutoConfig
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    dtype = getattr(AutoConfig.from_pretrained(source, local_files_only=True), "dtype", None)
+    # Training is over: the model may change its dtype, and what save_pretrained records is the model's.
+    if isinstance(dtype, torch.dtype):
+        model.to(dtype)
+    trainer.processing_class.save_pretrained(out / RAW_FOLDER)
+    model.save_pretrained(out / RAW_FOLDER)
+    with trainer.averaged_weights():
+        model.save_pretrained(out)
+    trainer.processing_class.save_pretrained(out)
+
+

@@ -1,0 +1,301 @@
+"""DistillTrainer: a transformers.Trainer whose data is a store and whose loss is the gated two-teacher loss."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from logitcache import StoreReader, open_store
+from logitcache.causal_lm import Head, check_model
+from logitcache.errors import NonFiniteError, StoreError, UsageError
+from logitcache.tokenise import content_sha256, describe_difference, tokenizer_content
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback
+
+from .config import DistillConfig
+from .ema import WeightAverage
+from .evaluate import evaluation_spec, held_out_metrics, summed
+from .student import SUM_NAMES, as_metrics, attach_loss, to_inputs
+
+_CHECKPOINT_PREFIX = "checkpoint"
+
+
+class _RowNumbers(Dataset[int]):
+    """The rows of a store by number; the collator reads them."""
+
+    def __init__(self, num_rows: int):
+        self.num_rows = num_rows
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class _Collator:
+    def __init__(self, reader: StoreReader, temperature: float):
+        self.reader, self.temperature = reader, temperature
+
+    def __call__(self, rows: list[int]) -> dict[str, Any]:
+        return to_inputs(self.reader[rows], self.temperature)
+
+
+def check_fit(
+    reader: StoreReader, model: Any, tokenizer: Any, config: DistillConfig, name: str = "student"
+) -> None:
+    """Refuse a store that was not made for this student or these settings, saying what differs."""
+    store, manifest = reader.store.path, reader.manifest
+    content = tokenizer_content(tokenizer)
+    if content_sha256(content) != manifest["tokenizer_sha256"]:
+        difference = describe_difference(reader.tokenizer_content, content)
+        raise StoreError(
+            f"{store}: was built with another tokenizer than the {name}'s: {difference}",
+            "train a student that has the teachers' tokenizer, or build a store with this one",
+        )
+    width = Head.of(model).weight_VD.shape[0]
+    if width < manifest["vocab_size"]:
+        raise StoreError(
+            f"{store}: vocabulary: expected a {name} with at least {manifest['vocab_size']} output rows, "
+            f"found {width}",
+            "resize the student's embeddings",
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and longest < manifest["seq_len"]:
+        raise UsageError(
+            f"{store}: rows have {manifest['seq_len']} tokens, the {name} reads at most {longest}",
+            f"build a store with --seq-len {longest} or less",
+        )
+    if config.temperature > reader.max_temperature or config.temperature < min(reader.temperatures):
+        raise UsageError(
+            f"{store}: temperature: expected {min(reader.temperatures):g} to {reader.max_temperature:g}, "
+            f"found {config.temperature:g}",
+            "choose a smaller one, or build with a larger --sample-temperature",
+        )
+    sampled = [a["estimator"] for a in reader.store.teachers.values()].count("sampled")
+    if sampled and config.divergence != "forward_kl":
+        raise UsageError(
+            f"{store}: divergence: sampled supports allow forward_kl only, found {config.divergence}",
+            "build the store with --estimator topk",
+        )
+
+
+class DistillTrainer(Trainer):
+    """Train a student on a store.
+
+    model: a causal language model (PEFT models too). args: DistillConfig. store, eval_store: a StoreReader or
+    a path. processing_class: the student's tokenizer, whose content must be that of the store. Everything else
+    is transformers.Trainer's. evaluate() uses the averaged weights and reports, on the eval store, loss (held-out
+    cross entropy), kl (to the gated target at T = 1) and the shares of the strategies.
+
+    Raises UsageError or StoreError if store, student and settings do not fit; NonFiniteError before a step
+    would be taken with a loss or gradient that is not finite.
+    """
+
+    model_accepts_loss_kwargs: bool
+    loss_is_scaled_for_ga = True  # the sum is divided by the valid positions of the whole global batch
+
+    def __init__(
+        self,
+        model: Any,
+        args: DistillConfig,
+        store: StoreReader | str | Path,
+        eval_store: StoreReader | str | Path | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        if processing_class is None:
+            raise UsageError("processing_class: the student's tokenizer is needed to check the store")
+        self.reader = store if isinstance(store, StoreReader) else open_store(store)
+        self.eval_reader = None
+        if eval_store is not None:
+            same = isinstance(eval_store, StoreReader)
+            self.eval_reader = eval_store if same else open_store(eval_store)
+        core = _core_model(model)
+        for reader in filter(None, (self.reader, self.eval_reader)):
+            check_fit(reader, core, processing_class, args)
+        check_model(core, Path(getattr(core.config, "_name_or_path", "") or "student"))
+        self.spec = args.spec()
+        self._core = core
+        self._plain_forward = core.forward
+        attach_loss(core, self.spec, args.loss_chunk)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_Collator(self.reader, self.spec.temperature),
+            train_dataset=_RowNumbers(len(self.reader)),
+            eval_dataset=None if self.eval_reader is None else _RowNumbers(len(self.eval_reader)),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True
+        self.average: WeightAverage | None = None
+        self.add_callback(_Hooks(self))
+        self._resume_from: Path | None = None
+        self._reset_sums()
+
+    # ---- loss ----
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Batches of one optimizer step and the valid positions in them, over all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        valid = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        count = torch.tensor(float(max(valid, 0)), device=self.args.device)
+        if self.accelerator.num_processes > 1:
+            count = self.accelerator.reduce(count, "sum")
+        return batches, count.clamp_min(1.0)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Loss of a micro-batch: its sum over the global batch's valid positions."""
+        output = model(**inputs, num_items=num_items_in_batch)
+        self._sums += output["sums"].detach()
+        self._tokens += inputs["num_tokens"]
+        # DDP averages gradients over ranks; the divisor above already counts all of them.
+        loss = output["loss"] * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(float(loss)):
+            self._refuse_nonfinite(f"loss is {float(loss)}")
+        return loss
+
+    def _refuse_nonfinite(self, what: str) -> None:
+        last = [f"{r['loss']:.4g}" for r in self.state.log_history if "loss" in r][-20:]
+        raise NonFiniteError(
+            f"step {self.state.global_step + 1}: {what}; no step was taken with it; "
+            f"last losses: {', '.join(last) or 'none'}",
+            "lower learning_rate, or look at the rows of this step; checkpoints are as they were",
+        )
+
+    def check_gradients(self) -> None:
+        """Stop before the optimizer step if any gradient is not finite."""
+        gradients = [p.grad for p in self._core.parameters() if p.grad is not None]
+        norms = torch.stack([n.float().to(gradients[0].device) for n in torch._foreach_norm(gradients)])
+        if not bool(torch.isfinite(norms).all()):
+            self._refuse_nonfinite("a gradient is not finite")
+
+    # ---- metrics ----
+
+    def _reset_sums(self) -> None:
+        self._sums = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=self.args.device)
+        self._tokens, self._since = 0, time.monotonic()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the loss knows to a training record."""
+        if "loss" in logs:
+            sums = self._sums
+            tokens = torch.tensor(float(self._tokens), device=sums.device, dtype=torch.float64)
+            if self.accelerator.num_processes > 1:
+                sums = self.accelerator.reduce(sums, "sum")
+                tokens = self.accelerator.reduce(tokens, "sum")
+            logs.update(as_metrics(sums))
+            logs["loss_agreement"] = logs["loss"] - logs["loss_ce"] - logs["loss_kd"]
+            elapsed = time.monotonic() - self._since
+            logs["tokens_per_second"] = float(tokens) / elapsed if elapsed > 0 else 0.0
+            if torch.cuda.is_available():
+                logs["gpu_memory_peak_bytes"] = float(torch.cuda.max_memory_allocated())
+            self._reset_sums()
+        super().log(logs, start_time)
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Held-out metrics on the eval store, with the averaged weights if there are any."""
+        if self.eval_reader is None:
+            raise UsageError("evaluate: no eval_store was given", "give one with --eval-store")
+        model = self._core
+        was_training, with_loss = model.training, model.forward
+        model.eval()
+        model.forward = self._plain_forward
+        attach_loss(model, evaluation_spec(self.spec), self.args.loss_chunk)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        loader = DataLoader(
+            _RowNumbers(len(self.eval_reader)),
+            batch_size=self.args.per_device_eval_batch_size,
+            sampler=list(range(rank, len(self.eval_reader), world)),
+            collate_fn=_Collator(self.eval_reader, 1.0),
+            num_workers=self.args.dataloader_num_workers,
+        )
+        try:
+            with self.averaged_weights(), self.accelerator.autocast():
+                sums = summed(model, loader, self.args.device)
+        finally:
+            model.forward = with_loss
+            model.train(was_training)
+        if world > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in held_out_metrics(sums).items()}
+        self.log(metrics)
+        self._since = time.monotonic()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model with its averaged weights, while the context lasts."""
+        with self.average.swapped() if self.average else contextlib.nullcontext():
+            yield
+
+    # ---- averaged weights in checkpoints ----
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial))
+        folder = folder / f"{_CHECKPOINT_PREFIX}-{self.state.global_step}"
+        if self.average is not None and self.args.should_save:
+            # Before the Trainer's own files: trainer_state.json, written last, makes a checkpoint whole.
+            folder.mkdir(parents=True, exist_ok=True)
+            self.average.save(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resume_from = Path(resume_from_checkpoint)
+
+    def start_average(self) -> None:
+        """Begin averaging at the weights as they are, or where a checkpoint left off."""
+        if self.args.ema_decay == 0:
+            return
+        self.average = WeightAverage(self._core, self.args.ema_decay)
+        if self._resume_from is not None:
+            self.average.load(self._resume_from)
+
+
+class _Hooks(TrainerCallback):
+    """What the trainer does at moments that only callbacks see."""
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.start_average()
+        self.trainer._reset_sums()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.check_gradients()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.average is not None:
+            self.trainer.average.update()
+
+
+def _core_model(model: Any) -> Any:
+    """The transformers model inside adapters."""
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if get_base is not None else model
