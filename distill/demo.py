@@ -1,0 +1,137 @@
+"""``distill demo``: the main job on the bundled text and generations, with the commands a user would type."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from logitcache import open_store
+from logitcache.causal_lm import load_causal_lm
+from logitcache.command import Options
+from logitcache.errors import LogitCacheError
+
+from .bundled import BUNDLED
+from .evaluate import evaluate_on_store
+from .student import STRATEGY_NAMES
+from .train import RUN_FILE
+
+TEACHER1, TEACHER2 = BUNDLED / "teacher1", BUNDLED / "teacher2"
+SEQ_LEN = 256
+TRAIN_SETTINGS = {
+    "max_steps": 120,
+    "learning_rate": 5e-4,
+    "warmup_steps": 10,
+    "lr_scheduler_type": "cosine",
+    "per_device_train_batch_size": 16,
+    "temperature": 1.5,
+    "ema_decay": 0.95,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "seed": 0,
+}
+
+
+class DemoError(LogitCacheError):
+    """A step of the demo failed; its own message stands above."""
+
+
+def demo_commands(out: Path) -> list[list[str]]:
+    """The three commands of the demo, as arguments of ``python -m``."""
+    teachers = ["--teacher1", str(TEACHER1), "--teacher2", str(TEACHER2)]
+    shape = ["--seq-len", str(SEQ_LEN), "--set", "device=cpu"]
+    build = ["logitcache", "build", *teachers]
+    held_out = ["--estimator", "topk", "--top-k", "256", "--min-prob", "0"]
+    settings = [f"{key}={value}" for key, value in TRAIN_SETTINGS.items()]
+    return [
+        [*build, "--data", str(BUNDLED / "text" / "corpus.jsonl"), "--out", str(out / "store"), *shape],
+        [
+            *build,
+            *("--data", str(BUNDLED / "text" / "heldout.jsonl")),
+            *("--out", str(out / "heldout-store"), *shape, *held_out),
+        ],
+        [
+            *("distill", "train", "--store", str(out / "store"), "--student", str(TEACHER1)),
+            *("--eval-store", str(out / "heldout-store"), "--out", str(out / "student")),
+            *(part for setting in settings for part in ("--set", setting)),
+        ],
+    ]
+
+
+def run_demo(out: Path, options: Options) -> tuple[dict[str, Any], str]:
+    """Run the commands (those already done are left as they are) and compare all models on held-out text."""
+    # A thread that waits for work must not keep a core from the others: two cores are all there may be.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    for command in demo_commands(out):
+        options.note(f"\n$ {shlex.join(command)}")
+        run = [sys.executable, "-m", *command, *(["--quiet"] if options.quiet else [])]
+        finished = subprocess.run(run, env=environment, stdout=subprocess.DEVNULL, check=False)
+        if finished.returncode:
+            error = DemoError(f"the demo's command failed: {shlex.join(command)}")
+            error.exit_code = finished.returncode
+            raise error
+    options.note("\ncomparing teachers and student on held-out text ...")
+    return _compare(out)
+
+
+def _compare(out: Path) -> tuple[dict[str, Any], str]:
+    record = json.loads((out / "student" / RUN_FILE).read_text(encoding="utf-8"))
+    reader = open_store(out / "heldout-store")
+    from .config import DistillConfig
+
+    spec = DistillConfig(output_dir=str(out), **TRAIN_SETTINGS).spec()
+    results = {}
+    for name, folder in (("teacher 1", TEACHER1), ("teacher 2", TEACHER2)):
+        model = load_causal_lm(folder, torch.float32, torch.device("cpu"))
+        results[name] = evaluate_on_store(model, reader, spec)
+    for name, part in (("student before", "before"), ("student after", "after")):
+        results[name] = {
+            key.removeprefix(f"{part}_"): value
+            for key, value in record[part].items()
+            if key.startswith(f"{part}_")
+        }
+    shares = {name: results["teacher 1"][f"share_{name.lower()}"] for name in STRATEGY_NAMES}
+    document = {
+        "models": {
+            name: {key: metrics[key] for key in ("loss", "kl")} for name, metrics in results.items()
+        },
+        "shares": shares,
+        "store": str(out / "store"),
+        "student": str(out / "student"),
+        "log": str(out / "student" / "log.jsonl"),
+    }
+    return document, _table(document, out)
+
+
+def _table(document: dict[str, Any], out: Path) -> str:
+    notes = {
+        "teacher 1": "the generation in force",
+        "teacher 2": "the one before it",
+        "student before": "starts as teacher 1",
+        "student after": "learned from both",
+    }
+    lines = ["", f"{'held-out text':16}{'loss':>8}{'KL to the blend':>18}"]
+    for name, metrics in document["models"].items():
+        lines.append(f"{name:16}{metrics['loss']:8.3f}{metrics['kl']:18.4f}   {notes[name]}")
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in document["shares"].items())
+    lines += [
+        "",
+        "loss: nats per token, lower is better. KL to the blend: from the gated target of both teachers,",
+        "nats per token where it exists. What the gate decided, per token of the held-out text:",
+        f"  {shares}",
+        "",
+        f"store    {document['store']}",
+        f"student  {document['student']}   (a transformers folder)",
+        f"log      {document['log']}",
+        "",
+        "next, with your own models (GEN9 learned before GEN10, same tokenizer) and text:",
+        "  logitcache build --teacher1 GEN10 --teacher2 GEN9 --data corpus.jsonl --out store",
+        "  logitcache info store",
+        "  distill train --store store --student GEN10 --out GEN11 --set learning_rate=5e-5",
+    ]
+    return "\n".join(lines)
