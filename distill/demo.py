@@ -24,8 +24,8 @@ from .train import RUN_FILE
 TEACHER1, TEACHER2 = BUNDLED / "teacher1", BUNDLED / "teacher2"
 SEQ_LEN = 256
 TRAIN_SETTINGS = {
-    "max_steps": 120,
-    "learning_rate": 5e-4,
+    "max_steps": 110,
+    "learning_rate": 2e-4,
     "warmup_steps": 10,
     "lr_scheduler_type": "cosine",
     "per_device_train_batch_size": 16,

@@ -87,6 +87,7 @@ def build(
         store = run_build(settings, fresh=fresh, report=progress, stop=stop)
     document = describe_store(settings.out)
     document["tokens_per_second"] = {name: round(r, 1) for name, r in progress.rates.items()}
+    document["gpu_memory_peak_bytes"] = _gpu_memory_peak()
     nothing_done = before is not None and not any(before.values()) and len(before) == 1 + len(
         store.teachers
     )
@@ -107,6 +108,12 @@ def info(options: Options, store: Path) -> None:
 
     document = describe_store(store)
     options.result(document, render_info(document))
+
+
+def _gpu_memory_peak() -> int | None:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def _quiet_libraries() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import UsageError
 
 _MAX_CONFIG_BYTES = 1 << 20
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without the surprises of its version 1.1: no, off and their kin are text, 5e-5 is a number."""
+
+    yaml_implicit_resolvers = {
+        letter: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool"]
+        for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.I), "tTfF")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "-+0123456789"
+)
 
 
 def read_settings(
@@ -25,7 +41,7 @@ def read_settings(
         if file.stat().st_size > _MAX_CONFIG_BYTES:
             raise UsageError(f"--config {file}: larger than {_MAX_CONFIG_BYTES} bytes")
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"--config {file}: not YAML or JSON: {error}") from None
         if content is not None and not isinstance(content, dict):
@@ -38,7 +54,7 @@ def read_settings(
         if not equals or not key:
             raise UsageError(f"--set {assignment}: expected key=value")
         try:
-            settings[key.strip()] = yaml.safe_load(value)
+            settings[key.strip()] = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise UsageError(f"--set {assignment}: {error}") from None
     settings.update({key: value for key, value in flags.items() if value is not None and value != ()})

@@ -62,7 +62,7 @@ class BuildProgress:
     def __call__(self, teacher: str, done: int, total: int, written: int, shard: int) -> None:
         now = time.monotonic()
         if teacher not in self._start:
-            # The first report comes after a batch that paid for warming up: count from there.
+            # The first report comes when the model is loaded.
             self._start[teacher] = (now, done)
         since, before = self._start[teacher]
         if now > since and done > before:

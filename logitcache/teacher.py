@@ -72,6 +72,7 @@ class TeacherRun:
             if shard not in store.missing(name)
         )
         self.bytes_written = 0
+        self.report(self.name, self.tokens_done, self.tokens_total, 0, -1)
 
     def close(self) -> None:
         """Free the model's memory before the next teacher is loaded."""
