@@ -22,6 +22,11 @@ from .uniform import high_bits, low_bits, row_keys
 MAX_KEPT = 256
 
 
+def _log_softmax(z_RV: torch.Tensor) -> torch.Tensor:
+    """log_softmax with a pairwise sum: torch's own, on a CPU, errs by 4e-5 over 151936 float32s."""
+    return z_RV - z_RV.logsumexp(-1, keepdim=True)
+
+
 def _sampled_keep(
     inclusion_RV: torch.Tensor, certain_RV: torch.Tensor, seed: int, position_ids_R: torch.Tensor
 ) -> torch.Tensor:
@@ -81,7 +86,7 @@ def capture_reference(
     bad_R = torch.isnan(z_RV).any(-1) | torch.isposinf(z_RV).any(-1) | torch.isneginf(z_RV).all(-1)
     z_RV = z_RV.masked_fill(bad_R[:, None], 0.0)
 
-    logp_RV = torch.log_softmax(z_RV, dim=-1)
+    logp_RV = _log_softmax(z_RV)
     p_RV = logp_RV.exp()
     entropy_R = -torch.where(p_RV > 0, p_RV * logp_RV, 0.0).sum(-1)
     top1_logp_R = logp_RV.amax(-1)
@@ -100,7 +105,7 @@ def capture_reference(
         room_R1 = width - (keep_RV & ~tied_RV).sum(-1, keepdim=True)
         certain_RV = keep_RV = keep_RV & ~(tied_RV & (tied_RV.cumsum(-1) > room_R1))
     else:
-        tempered_RV = torch.softmax(z_RV / sample_temperature, dim=-1)
+        tempered_RV = _log_softmax(z_RV / sample_temperature).exp()
         ratio_RV = torch.maximum(p_RV, tempered_RV)
         certain_RV = (p_RV >= min_prob) | (ratio_RV >= threshold)
         certain_RV.scatter_(-1, top1_R1, True)
