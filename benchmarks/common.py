@@ -30,6 +30,8 @@ ROWS = (2048, 8192, 16384)
 KEPT = (16, 64, 128)
 TEMPERATURES = (1.0, 1.5, 2.0)
 _FLUSH_BYTES = 256 * 2**20  # several times the L2 of any present GPU
+# The device waits this long (0.5 ms at 2 GHz), so that a function's launches are queued when it starts.
+_LEAD_CYCLES = 1_000_000
 _PEERS = {
     "liger": "liger-kernel",
     "cut_cross_entropy": "cut-cross-entropy",
@@ -97,6 +99,7 @@ class Bench:
         if setup is not None:
             setup()
         self._flush.zero_()
+        torch.cuda._sleep(_LEAD_CYCLES)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function()

@@ -54,8 +54,11 @@ def capture(
     for name, tensor in (("labels_R", labels_R), ("position_ids_R", position_ids_R)):
         if tensor is not None and tensor.shape != (num_rows,):
             raise ValueError(f"{name}: expected shape ({num_rows},), found {tuple(tensor.shape)}")
-    choose_impl(impl, logits_RV)
-    return capture_reference(
+    if choose_impl(impl, logits_RV) == "eager" or estimator == "full":
+        run = capture_reference
+    else:
+        from .capture_triton import capture_triton as run  # not before it is wanted: needs triton
+    return run(
         logits_RV,
         estimator=estimator,
         min_prob=min_prob,

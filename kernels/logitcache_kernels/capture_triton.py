@@ -1,0 +1,220 @@
+"""Capture on a GPU: one read of the logits, R x V values of 2 or 4 bytes, and little else.
+
+Bytes per row: V * itemsize read; K * 12 + 44 written. Segment maxima (and, for "sampled", scores), V / 32
+numbers each, and the candidates go through a scratch that stays in L2, as do re-read segments.
+
+Mathematics. Let z be a row's logits. All sums are taken over logits *clipped* at c, a value that some tens
+of the row exceed (a lower bound of the G-th largest of the first 8192: the least of G groups' maxima).
+With u = exp((min(z, c) - c) / 12), one exponential,
+
+    A_T = sum_v exp((min(z_v, c) - c) / T) = sum u^24, u^12, u^8, u^6, u^4, u^3  for T = 0.5, 1, 1.5, 2, 3, 4
+    h   = sum_v u^12 log u^12
+
+can neither overflow nor need a rescale. Each of the n logits above c adds exactly 1 to A_T. They are listed
+afterwards one by one, which gives, with m the largest logit,
+
+    Z_T  = sum_{z > c} exp((z - m) / T) + exp((c - m) / T) (A_T - n),      log-partition  m / T + log Z_T
+    H    = log Z_1 - (1 / Z_1) [sum_{z > c} e^{z - m} (z - m) + e^{c - m} ((A_1 - n)(c - m) + h)]
+    G(T) = c / T - lse_1 / T + log(A_T - n + sum_{z > c, not certain} - sum_{z <= c, certain} e^{(z - c)/T})
+
+Large entries never enter the sums, so subtracting what is certain costs few digits. Where it would cost
+more than two (the tail under 1 % of A_T), and wherever else a row does not fit, as with NaN, infinities,
+hundreds of ties at the Kth place or a list that overflows, the row is left to ``capture_careful``, which
+subtracts nothing and takes as many sweeps as it needs; a launch that finds nothing to do costs microseconds.
+
+Finding what to list. A *segment* is what one thread holds of a tile: 32 logits, whose maximum costs no
+exchange between threads. Only segments whose maximum is at least a bound can hold candidates; there are
+at least K of them when K maxima reach the bound. "sampled": an entry is kept if its uniform number U < r(v) /
+threshold with r = max(p, p^S), and the partition functions are known only at the end of the row. So
+each group of 8 ids writes the score log2 exp((max z - c) / S) - log2(min U): the segment can hold a kept
+entry only if its largest score reaches log2(threshold) + log2 of the partition function. Entries with p > p^S
+are among the largest logits. Every listed entry is then tested in the oracle's own arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from .capture_careful_triton import capture_careful
+from .capture_parts_triton import PENDING
+from .capture_reference import MAX_KEPT
+from .capture_sweep_triton import capture_sweep
+from .types import TEMPERATURES, Capture
+from .uniform import PAIR_STEP
+
+_SWEEP_S = (1.0, 1.5, 2.0, 3.0, 4.0)  # sample temperatures whose sum the sweep has anyway
+_HEAD = 8192
+_SEGMENT = 32  # logits whose maximum is kept
+_SEGMENT_CAP, _CANDIDATE_CAP = 1024, 1024
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x: int) -> int:
+    """``uniform.mix`` on a plain number."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def _start_word(seed: int) -> int:
+    """The part of the keys that depends on the seed alone, as a signed 32-bit number."""
+    value = _mix(_mix((seed & _MASK) ^ PAIR_STEP) ^ ((seed >> 32) & _MASK))
+    return value - 2**32 if value >= 2**31 else value
+
+
+@functools.lru_cache(maxsize=16)
+def _grid_tensors(
+    grid: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The grid, and its columns among the sweep's six; kept, for a copy to the device waits."""
+    columns = None
+    if set(grid) <= set(TEMPERATURES):
+        columns = torch.tensor([TEMPERATURES.index(t) for t in grid], device=device)
+    return torch.tensor(grid, dtype=torch.float32, device=device), columns
+
+
+def _groups(num_tokens: int, wanted: int) -> int:
+    """How many groups of the head make about ``wanted`` logits of the row exceed the clip."""
+    # The least of G group maxima has rank about G * (ln G + 0.6) in the head.
+    for groups in (32, 16, 8, 4):
+        rank = groups * (math.log(groups) + 0.6)
+        if rank * max(num_tokens / _HEAD, 1.0) <= wanted:
+            return groups
+    return 2
+
+
+def _programs(device: torch.device, num_rows: int, per_processor: int) -> int:
+    if device.type != "cuda":
+        return min(num_rows, 2)
+    return min(
+        num_rows, per_processor * torch.cuda.get_device_properties(device).multi_processor_count
+    )
+
+
+def capture_triton(
+    logits_RV: torch.Tensor,
+    *,
+    estimator: str,
+    min_prob: float,
+    threshold: float,
+    sample_temperature: float,
+    top_k: int,
+    temperatures: Sequence[float],
+    labels_R: torch.Tensor | None,
+    num_tokens: int,
+    seed: int,
+    position_ids_R: torch.Tensor,
+    careful: bool = False,
+    num_warps: int = 4,
+    per_processor: int = 4,
+    num_stages: int = 3,
+) -> Capture:
+    """See ``capture``; estimator "sampled" or "topk", logits of at most 32 bits.
+
+    careful sends every row to the fallback; the rest are launch parameters.
+    """
+    num_rows, device = logits_RV.shape[0], logits_RV.device
+    if logits_RV.stride(1) != 1:
+        logits_RV = logits_RV.contiguous()
+    sampled = estimator == "sampled"
+    kept = min(MAX_KEPT if sampled else top_k, num_tokens)
+    width = max(triton.next_power_of_2(kept), 16)
+    grid = tuple(float(t) for t in temperatures)
+    temperature_T, columns = _grid_tensors(grid, device)
+
+    def new(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    swept = (
+        not careful
+        and columns is not None
+        and (not sampled or sample_temperature in _SWEEP_S)
+        and (sampled or min_prob > 0 or kept <= num_tokens // 64)
+    )
+    ids_RK, logp_RK = new(num_rows, kept, dtype=torch.int32), new(num_rows, kept)
+    inclusion_RK = new(num_rows, kept)
+    tail_RT = new(num_rows, len(grid))
+    entropy_R, top1_logp_R, gold_logp_R = new(num_rows), new(num_rows), new(num_rows)
+    count_R = torch.full((num_rows,), PENDING.value, dtype=torch.int32, device=device)
+    result = Capture(
+        ids_RK, logp_RK, inclusion_RK, tail_RT, entropy_R, top1_logp_R, gold_logp_R, count_R
+    )
+    if num_rows == 0:
+        return result
+    start = _start_word(seed)
+    sources = (logits_RV, logits_RV.stride(0), labels_R, position_ids_R)
+    vector = 16 // logits_RV.element_size()
+    num_lanes = 32 * num_warps
+    if swept:
+        block = num_lanes * _SEGMENT
+        num_segments = triton.cdiv(num_tokens, block) * num_lanes
+        programs = _programs(device, num_rows, per_processor)
+        candidates = (programs, _CANDIDATE_CAP)
+        all_tail_RT = tail_RT if grid == TEMPERATURES else new(num_rows, len(TEMPERATURES))
+        capture_sweep[(programs,)](
+            *sources,
+            *(ids_RK, logp_RK, inclusion_RK, all_tail_RT),
+            *(entropy_R, top1_logp_R, gold_logp_R, count_R),
+            new(programs, num_segments),
+            new(programs, num_segments) if sampled else None,
+            new(programs, _SEGMENT_CAP, dtype=torch.int32),
+            new(*candidates),
+            new(*candidates, dtype=torch.int32),
+            new(*candidates, dtype=torch.int64),
+            new(*candidates),
+            num_rows,
+            num_tokens,
+            num_segments,
+            min_prob,
+            math.log(min_prob) if min_prob > 0 else -1e29,
+            threshold,
+            math.log(threshold),
+            start,
+            SAMPLED=sampled,
+            HAS_LABELS=labels_R is not None,
+            K=kept,
+            WIDTH=width,
+            INVERSE_S=1 / sample_temperature if sampled else 1.0,
+            BLOCK=block,
+            LANES=num_lanes,
+            VECTOR=vector,
+            HEAD=_HEAD,
+            GROUPS=_groups(num_tokens, 100 if sampled else 2 * kept),
+            CHUNK=1024,
+            SEGMENT_CAP=_SEGMENT_CAP,
+            CANDIDATE_CAP=_CANDIDATE_CAP,
+            STAGES=num_stages,
+            num_warps=num_warps,
+            enable_fp_fusion=True,
+        )
+        if all_tail_RT is not tail_RT:
+            tail_RT.copy_(all_tail_RT[:, columns])
+    programs = _programs(device, num_rows, 4)
+    capture_careful[(programs,)](
+        *sources,
+        temperature_T,
+        *(ids_RK, logp_RK, inclusion_RK, tail_RT, entropy_R, top1_logp_R, gold_logp_R, count_R),
+        new(programs, width, dtype=torch.int64),
+        new(programs, width),
+        num_rows,
+        num_tokens,
+        len(grid),
+        min_prob,
+        threshold,
+        1 / sample_temperature if sampled else 1.0,
+        start,
+        SAMPLED=sampled,
+        HAS_LABELS=labels_R is not None,
+        K=kept,
+        WIDTH=width,
+        T_WIDTH=triton.next_power_of_2(max(len(grid), 1)),
+        BLOCK=1024,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return result
