@@ -39,12 +39,27 @@ def row_keys(seed: int, position_ids_R: torch.Tensor) -> tuple[torch.Tensor, tor
     return key0, mix(key0 ^ low ^ KEY1_SALT)
 
 
+def _mix32(x: torch.Tensor) -> torch.Tensor:
+    """``mix`` on int32 words, in place: half the memory; products wrap, shifts need their sign masked."""
+    x ^= (x >> 16) & 0xFFFF
+    x *= 0x7FEB352D
+    x ^= (x >> 15) & 0x1FFFF
+    x *= 0x846CA68B - (1 << 32)
+    return x.bitwise_xor_((x >> 16) & 0xFFFF)
+
+
 def high_bits(key0_R: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Give the high 16 bits for ids 0..num_tokens-1 as int32, shape R x num_tokens."""
     pairs = torch.arange((num_tokens + 1) // 2, device=key0_R.device, dtype=torch.int64)
-    word = mix(key0_R[:, None] + pairs * PAIR_STEP)
-    halves = torch.stack((word & 0xFFFF, word >> 16), dim=-1).to(torch.int32)
-    return halves.flatten(-2)[:, :num_tokens]
+    steps = pairs * PAIR_STEP & _MASK
+    word = _mix32(_to_int32(key0_R)[:, None] + _to_int32(steps))
+    # Little-endian halves of a word are the numbers of its even and odd id, in this order.
+    return word.view(torch.int16)[:, :num_tokens].to(torch.int32) & 0xFFFF
+
+
+def _to_int32(word: torch.Tensor) -> torch.Tensor:
+    """32-bit words held in int64 as int32 with the same bits."""
+    return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
 
 
 def low_bits(key1: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
