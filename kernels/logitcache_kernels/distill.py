@@ -82,7 +82,11 @@ def distill_loss(
     """
     has_taboo = taboo_ids is not None or taboo_RK is not None
     check_arguments(logits_RV.shape[0], teachers, labels_R, spec, gold_R, has_taboo)
-    choose_impl(impl, logits_RV)
+    if choose_impl(impl, logits_RV) == "triton":
+        from .distill_fused import distill_loss_fused, prepare
+
+        row = prepare(teachers, labels_R, gold_R, taboo_ids, taboo_RK, num_items, spec)
+        return distill_loss_fused(logits_RV, row, inplace=inplace)
     return distill_loss_reference(
         logits_RV,
         teachers,
