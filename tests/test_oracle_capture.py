@@ -194,6 +194,43 @@ def test_seeds_and_positions_draw_differently():
     assert equal(capture(logits, position_ids_R=torch.arange(4), **options), base)
 
 
+def uniforms(seed: int, position: int, num_tokens: int) -> np.ndarray:
+    """The uniform numbers of one position as integers of 32 bits, written with numpy alone."""
+
+    def mix(x):
+        x = np.asarray(x, dtype=np.uint64) & 0xFFFFFFFF
+        x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+        x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+        return x ^ (x >> 16)
+
+    low, high = (np.uint64(part) for part in (position & 0xFFFFFFFF, position >> 32))
+    start = mix((seed & 0xFFFFFFFF) ^ 0x9E3779B9) ^ np.uint64(seed >> 32)
+    key0 = mix(mix(mix(start) ^ low) ^ high)
+    key1 = mix(key0 ^ low ^ np.uint64(0x2545F491))
+    ids = np.arange(num_tokens, dtype=np.uint64)
+    word = mix(key0 + ids // 2 * 0x9E3779B9)
+    upper = np.where(ids % 2 == 0, word & 0xFFFF, word >> 16)
+    return upper * 65536 + (mix(key1 + ids * 0x85EBCA6B) >> 16)
+
+
+def test_entries_are_kept_where_their_uniform_is_below_their_inclusion():
+    # Enough tokens (1.2 million) that some are decided by the low half of their number.
+    vocab_size, threshold, seed = 150_000, 2e-5, 2**33 + 5
+    positions = [0, 1, 77, 2**32 - 1, 2**32, 2**40 + 9, 12345, 678]
+    options = {"seed": seed, "position_ids_R": torch.tensor(positions)}
+    logits = torch.zeros(8, vocab_size, dtype=torch.float64)
+    kept = capture(logits, min_prob=1.0, threshold=threshold, **options)
+    bound, ties = 2**32 / vocab_size / threshold, 0
+    for r, position in enumerate(positions):
+        number = uniforms(seed, position, vocab_size)
+        keep = number + 0.5 < bound
+        keep[0] = True  # the largest, lowest id
+        ties += int((number >> np.uint64(16) == int(bound) >> 16).sum())
+        assert int(kept.count_R[r]) == keep.sum()
+        assert support(kept, r) == np.flatnonzero(keep)[:256].tolist()
+    assert ties > 5
+
+
 def test_draws_are_the_ones_of_the_first_version():
     """Stores are rebuilt byte for byte, so the stream of uniforms may never change."""
     logits = torch.zeros(3, 64)

@@ -136,7 +136,7 @@ def test_taboo_ids_equal_the_dense_formulation(case, mode):
     each = [{batch.labels[0]}, {1, 2, 3}, {batch.labels[2], 12}, set()] * 4
     each = each[: len(batch.labels)]
     spec = DistillSpec(1.5, taboo=mode, **options, **WEIGHTS)
-    compare(batch, spec, taboo=([4, 12, 99], each))
+    compare(batch, spec, taboo=([0, 4, 9, 12, 99], each))
 
 
 @pytest.mark.parametrize("taboo", ["none", "target"])
@@ -428,6 +428,17 @@ def test_taboo_target_is_renormalised_over_what_is_left():
     grad = gradient(z, (teacher(p),), torch.tensor([1]), neutral, taboo_ids=torch.tensor([0]))
     student = torch.tensor([[0.0, 1 / 3, 1 / 3, 1 / 3]]).double()
     torch.testing.assert_close(grad, student - left)
+
+
+def test_sampled_taboo_target_is_renormalised_by_the_certain_taboo_mass():
+    p, inclusion = [[0.5, 0.3, 0.15, 0.05]], torch.tensor([[1.0, 1.0, 0.5, 0.25]]).double()
+    drawn = teacher(p)._replace(inclusion_RK=inclusion)
+    z = torch.zeros(1, 4, dtype=torch.float64)
+    spec = DistillSpec(1.0, alpha=0.0, beta=1.0)
+    grad = gradient(z, (drawn,), torch.tensor([1]), spec, taboo_ids=torch.tensor([0, 2]))
+    # 0.5 is certain and lost, 0.15 is not certain: what is left is 1 - 0.5.
+    q = torch.tensor([[0.0, 0.3 / 0.5, 0.0, 0.05 / 0.5 / 0.25]]).double()
+    torch.testing.assert_close(grad, q.sum() * 0.25 - q)
 
 
 def test_taboo_gold_is_no_gold():
