@@ -65,11 +65,21 @@ def powers(z, shift, unit, inv_T, MODE: tl.constexpr):
 def dense_gradient(raw, shift, unit, inv_T, cap, a, c, MODE: tl.constexpr, SOFTCAP: tl.constexpr):
     """a exp((z - m)/T) + c exp(z - m), through the cap."""
     z = logit(raw, cap, SOFTCAP)
-    e_T, e_1 = powers(z, shift, unit, inv_T, MODE)
-    if MODE == 0:
-        g = e_1 * (a + c)
-    else:
+    if MODE == 5:
+        e_T, e_1 = powers(z, shift, unit, inv_T, MODE)
         g = e_T * a + e_1 * c
+    else:
+        u = tl.exp2(z * unit - shift)
+        if MODE == 0:
+            g = u * (a + c)
+        elif MODE == 1:
+            g = (u * u) * (a + c * u)
+        elif MODE == 2:
+            g = u * (a + c * u)
+        elif MODE == 3:
+            g = u * (a + c * (u * u))
+        else:
+            g = u * (a + c * (u * u * u))
     return g * slope(z, cap, SOFTCAP)
 
 
