@@ -27,7 +27,7 @@ def _not_a_knot(knots: torch.Tensor, x: float) -> torch.Tensor:
     # Not-a-knot: the third derivative does not jump at the first and last inner knot.
     a[0, 0], a[0, 1], a[0, 2] = h[1], -(h[0] + h[1]), h[0]
     a[-1, -3], a[-1, -2], a[-1, -1] = h[-1], -(h[-2] + h[-1]), h[-2]
-    m = torch.linalg.solve(a, b)
+    m: torch.Tensor = torch.linalg.solve(a, b)
     i = min(max(int((knots <= x).sum()) - 1, 0), n - 2)
     left, right = knots[i + 1] - x, x - knots[i]
     weights = (left**3 / (6 * h[i]) - left * h[i] / 6) * m[i]
