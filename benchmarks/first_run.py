@@ -1,11 +1,13 @@
-"""The main job on SmolLM2-135M-Instruct and a fine-tuned generation of it; docs/first-run.md has its figures.
+"""The main job on SmolLM2-135M-Instruct and a fine-tuned generation of it; docs/first-run.md has
+its figures.
 
-python -m benchmarks.first_run prepare  --stories FOLDER --out DATA      chats as JSONL: finetune, capture, heldout
+python -m benchmarks.first_run prepare  --stories FOLDER --out DATA      chats as JSONL
 python -m benchmarks.first_run finetune --model FOLDER --data DATA/finetune.jsonl --out GENERATION
-python -m benchmarks.first_run run      --teacher1 FOLDER --teacher2 GENERATION --data DATA --out RUN --json FILE
+python -m benchmarks.first_run run      --teacher1 FOLDER --teacher2 GENERATION --data DATA \\
+                                        --out RUN --json FILE
 
-FOLDER of prepare is the unpacked `virtual-stories` package (MIT): user and assistant chats with tools, of which the
-system, user and final assistant turns are kept.
+FOLDER of prepare is the unpacked `virtual-stories` package (MIT): user and assistant chats with
+tools, of which the system, user and final assistant turns are kept.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def read_story(text: str) -> list[dict[str, str]]:
 
 
 def prepare(stories: Path, out: Path) -> None:
-    """Every second story fine-tunes, every fourth is captured, every 40th of the rest is held out."""
+    """Every second story fine-tunes, every fourth is captured, every 40th of the rest is held
+    out."""
     out.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[str]] = {"finetune": [], "capture": [], "heldout": []}
     for number, path in enumerate(sorted(stories.rglob("*_en.txt"))):
@@ -59,6 +62,7 @@ def prepare(stories: Path, out: Path) -> None:
 def finetune(model_folder: Path, data: Path, out: Path, steps: int, batch_rows: int = 16) -> None:
     """Fine-tune all weights on the assistants' turns: AdamW, 1e-4 with warm-up and linear decay."""
     import torch
+
     from logitcache.causal_lm import Head, choose_device, hidden_states, load_causal_lm
     from logitcache.documents import read_documents
     from logitcache.packing import pack
@@ -88,7 +92,10 @@ def finetune(model_folder: Path, data: Path, out: Path, steps: int, batch_rows: 
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
-            print(f"step {step}: loss {loss.item():.3f}, {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"step {step}: loss {loss.item():.3f}, {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -145,11 +152,14 @@ def run(
     for teacher in store["teachers"]:
         name = teacher["name"]
         print(
-            f"{name}: {store["tokens_per_second"].get(name, 0):,.0f} tokens/s, "
+            f"{name}: {store['tokens_per_second'].get(name, 0):,.0f} tokens/s, "
             f"{teacher['bytes_per_token']:.1f} bytes/token, {teacher['mean_support']:.1f} entries"
         )
     print(f"tokens {store['tokens']:,}, trained on {store['valid_tokens']:,}")
-    print(f"build peak {store['gpu_memory_peak_bytes']}, train peak {trained['gpu_memory_peak_bytes']}")
+    print(
+        f"build peak {store['gpu_memory_peak_bytes']}, train peak "
+        f"{trained['gpu_memory_peak_bytes']}"
+    )
     print(f"train {trained['median_tokens_per_second']:,.0f} tokens/s, {trained['steps']} steps")
     for name, metrics in (("before", trained["before"]), ("after", trained["after"])):
         print(name, {k: round(v, 4) for k, v in metrics.items()})
@@ -158,6 +168,7 @@ def run(
 
 def _evaluate(folder: Path, store: Path) -> dict[str, float]:
     import torch
+
     from distill.evaluate import evaluate_on_store
     from logitcache import open_store
     from logitcache.causal_lm import choose_device, load_causal_lm

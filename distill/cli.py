@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from logitcache.command import Options, common_options, run_group, stop_on_signal
 
 

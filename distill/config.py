@@ -1,4 +1,5 @@
-"""Settings of ``distill train``: the fields of TrainingArguments and DistillSpec, and a few of our own."""
+"""Settings of ``distill train``: the fields of TrainingArguments and DistillSpec, and a few of our
+own."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+from transformers import TrainingArguments
+
 from logitcache.config import explain
 from logitcache.errors import UsageError
 from logitcache_kernels import DistillSpec
-from pydantic import TypeAdapter, ValidationError
-from transformers import TrainingArguments
 
 SPEC_FIELDS = tuple(f.name for f in dataclasses.fields(DistillSpec))
 
@@ -22,8 +24,8 @@ SPEC_FIELDS = tuple(f.name for f in dataclasses.fields(DistillSpec))
 class DistillConfig(TrainingArguments):
     """TrainingArguments with the fields of DistillSpec (see there) and of the averaged weights.
 
-    Unlike TrainingArguments, every step is logged, nothing is reported to outside services, and bf16 autocast is
-    on where a GPU can do it.
+    Unlike TrainingArguments, every step is logged, nothing is reported to outside services, and
+    bf16 autocast is on where a GPU can do it.
     """
 
     temperature: float = field(default=2.0, metadata={"help": "T of the divergence"})
@@ -38,12 +40,16 @@ class DistillConfig(TrainingArguments):
     )
     confidence: str = field(default="top1", metadata={"help": "top1 or entropy"})
     gold_weight: float = field(default=0.5, metadata={"help": "weight of GOLD_FALLBACK positions"})
-    tail: str = field(default="bucket", metadata={"help": "top-k supports: bucket, renormalise, none"})
+    tail: str = field(
+        default="bucket", metadata={"help": "top-k supports: bucket, renormalise, none"}
+    )
     taboo: str = field(default="target", metadata={"help": "taboo ids: target or neutral"})
 
     ema_decay: float = field(
         default=0.999,
-        metadata={"help": "of the averaged weights; held to (1 + t) / (10 + t) at step t; 0 is off"},
+        metadata={
+            "help": "of the averaged weights; held to (1 + t) / (10 + t) at step t; 0 is off"
+        },
     )
     loss_chunk: int | None = field(
         default=None, metadata={"help": "positions whose logits exist at once; None chooses"}
@@ -52,8 +58,10 @@ class DistillConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "log every N steps"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "must stay off"})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "must stay off"})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "see transformers"})
-    bf16: bool | None = field(default=None, metadata={"help": "bf16 autocast; None: where it works"})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "see transformers"})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bf16 autocast; None: where it works"}
+    )
 
     def __post_init__(self) -> None:
         import torch
@@ -73,7 +81,8 @@ class DistillConfig(TrainingArguments):
 
     @property
     def n_gpu(self) -> int:
-        """One GPU a process: nn.DataParallel would bypass the loss; several GPUs are torchrun's job."""
+        """One GPU a process: nn.DataParallel would bypass the loss; several GPUs are torchrun's
+        job."""
         return min(super().n_gpu, 1)
 
     def spec(self, **changes: Any) -> DistillSpec:

@@ -1,4 +1,5 @@
-"""``distill demo``: the main job on the bundled text and generations, with the commands a user would type."""
+"""``distill demo``: the main job on the bundled text and generations, with the commands a user
+would type."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from logitcache import open_store
 from logitcache.causal_lm import load_causal_lm
 from logitcache.command import Options
@@ -23,8 +25,8 @@ from .train import RUN_FILE
 
 TEACHER1, TEACHER2 = BUNDLED / "teacher1", BUNDLED / "teacher2"
 SEQ_LEN = 256
-# Weight on labels is low: a model of two million parameters learns them faster than anything else, and
-# away from its teachers (gold_weight 0.5, alpha 0.1: KL falls by 47 %, so: by 65 %; 2026-11).
+# Weight on labels is low: a model of two million parameters learns them faster than anything else,
+# and away from its teachers (gold_weight 0.5, alpha 0.1: KL falls by 47 %, so: by 65 %; 2026-11).
 TRAIN_SETTINGS = {
     "max_steps": 70,
     "learning_rate": 2e-4,
@@ -53,7 +55,14 @@ def demo_commands(out: Path) -> list[list[str]]:
     held_out = ["--estimator", "topk", "--top-k", "256", "--min-prob", "0"]
     settings = [f"{key}={value}" for key, value in TRAIN_SETTINGS.items()]
     return [
-        [*build, "--data", str(BUNDLED / "text" / "corpus.jsonl"), "--out", str(out / "store"), *shape],
+        [
+            *build,
+            "--data",
+            str(BUNDLED / "text" / "corpus.jsonl"),
+            "--out",
+            str(out / "store"),
+            *shape,
+        ],
         [
             *build,
             *("--data", str(BUNDLED / "text" / "heldout.jsonl")),
@@ -68,8 +77,10 @@ def demo_commands(out: Path) -> list[list[str]]:
 
 
 def run_demo(out: Path, options: Options) -> tuple[dict[str, Any], str]:
-    """Run the commands (those already done are left as they are) and compare all models on held-out text."""
-    # A thread that waits for work must not keep a core from the others: two cores are all there may be.
+    """Run the commands (those already done are left as they are) and compare all models on held-out
+    text."""
+    # A thread that waits for work must not keep a core from the others: two cores are all there may
+    # be.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     for command in demo_commands(out):
         options.note(f"\n$ {shlex.join(command)}")
@@ -125,7 +136,8 @@ def _table(document: dict[str, Any], out: Path) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in document["shares"].items())
     lines += [
         "",
-        "loss: nats per token, lower is better. KL to the blend: from the gated target of both teachers,",
+        "loss: nats per token, lower is better. KL to the blend: from the gated "
+        "target of both teachers,",
         "nats per token where it exists. What the gate decided, per token of the held-out text:",
         f"  {shares}",
         "",

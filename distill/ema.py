@@ -1,7 +1,7 @@
 """Exponential moving average of the weights, kept in float32.
 
-``torch.optim.swa_utils.AveragedModel`` on a float32 copy: in bfloat16 a decay of 0.999 moves nothing, the
-change of a step is below half a unit in the last place.
+``torch.optim.swa_utils.AveragedModel`` on a float32 copy: in bfloat16 a decay of 0.999 moves
+nothing, the change of a step is below half a unit in the last place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ EMA_FILE = "ema.safetensors"
 
 
 class WeightAverage:
-    """Average of a model's parameters, d * average + (1 - d) * weights, d = min(decay, (1 + t) / (10 + t))."""
+    """Average of a model's parameters, d * average + (1 - d) * weights, d = min(decay, (1 + t) /
+    (10 + t))."""
 
     def __init__(self, model: Any, decay: float):
         self.decay = decay

@@ -1,4 +1,5 @@
-"""Held-out metrics of a model on a store: its loss, and its divergence from the gated target at T = 1."""
+"""Held-out metrics of a model on a store: its loss, and its divergence from the gated target at T =
+1."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+
 from logitcache_kernels import DistillSpec
 
 from .student import SUM_NAMES, as_metrics, attach_loss, to_inputs
@@ -24,8 +26,9 @@ def summed(model: Any, batches: Iterable[dict[str, Any]], device: torch.device) 
 def held_out_metrics(sums: torch.Tensor) -> dict[str, float]:
     """What is reported of an evaluation.
 
-    loss: cross entropy in nats per valid token. kl: KL(gated target || model) at T = 1 in nats, averaged over
-    the positions that have a teacher target (BLENDED and T1_ONLY). Then the shares and the mean JS.
+    loss: cross entropy in nats per valid token. kl: KL(gated target || model) at T = 1 in nats,
+    averaged over the positions that have a teacher target (BLENDED and T1_ONLY). Then the shares
+    and the mean JS.
     """
     value = dict(zip(SUM_NAMES, sums.tolist(), strict=True))
     metrics = {

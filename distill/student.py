@@ -1,7 +1,9 @@
-"""The student: a transformers causal language model whose own forward computes the distillation loss.
+"""The student: a transformers causal language model whose own forward computes the distillation
+loss.
 
-The loss is computed inside forward(), so that whatever wraps the model (DDP, FSDP, PEFT, autocast, gradient
-checkpointing) sees an ordinary forward pass, and chunk by chunk, so that R x V logits never exist at once.
+The loss is computed inside forward(), so that whatever wraps the model (DDP, FSDP, PEFT, autocast,
+gradient checkpointing) sees an ordinary forward pass, and chunk by chunk, so that R x V logits
+never exist at once.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+
 from logitcache.causal_lm import Head, hidden_states
 from logitcache.reader import TeacherBatch
 from logitcache_kernels import (
@@ -39,10 +42,12 @@ def to_inputs(batch: TeacherBatch, temperature: float) -> dict[str, Any]:
 
 
 def attach_loss(model: Any, spec: DistillSpec, chunk: int | None = None) -> None:
-    """Make model(..., teachers=..., labels=..., num_items=...) compute the loss; other calls stay as they are.
+    """Make model(..., teachers=..., labels=..., num_items=...) compute the loss; other calls stay
+    as they are.
 
-    With teachers the forward returns {"loss": scalar, "sums": float64 tensor in the order of SUM_NAMES}; with
-    evaluate=True it also fills the sums of plain cross entropy and KL, without gradients.
+    With teachers the forward returns {"loss": scalar, "sums": float64 tensor in the order of
+    SUM_NAMES}; with evaluate=True it also fills the sums of plain cross entropy and KL, without
+    gradients.
     """
     plain_forward = model.forward
 
@@ -95,9 +100,10 @@ def batch_sums(
     spec: DistillSpec,
     cross_entropy: torch.Tensor | float,
 ) -> torch.Tensor:
-    """Sums over a batch in the order of SUM_NAMES: valid positions, positions of each strategy, JS in bits,
-    the parts alpha * CE and beta * T^2 D of the loss, cross entropy of all valid positions, and KL = T^2 D over
-    the positions with a teacher target (kl_positions: BLENDED and T1_ONLY).
+    """Sums over a batch in the order of SUM_NAMES: valid positions, positions of each strategy, JS
+    in bits, the parts alpha * CE and beta * T^2 D of the loss, cross entropy of all valid
+    positions, and KL = T^2 D over the positions with a teacher target (kl_positions: BLENDED and
+    T1_ONLY).
     """
     valid_R = labels_R != -100
     strategy_R = output.strategy_R.masked_fill(~valid_R, -1)
@@ -116,9 +122,7 @@ def batch_sums(
     return torch.stack([value.double() for value in sums])
 
 
-def _cross_entropy_sum(
-    hidden_RD: torch.Tensor, head: Head, labels_R: torch.Tensor
-) -> torch.Tensor:
+def _cross_entropy_sum(hidden_RD: torch.Tensor, head: Head, labels_R: torch.Tensor) -> torch.Tensor:
     """Sum of cross entropy at T = 1 over valid positions, in chunks."""
     (kept,) = (labels_R != -100).nonzero(as_tuple=True)
     chunk = max(2**25 // head.weight_VD.shape[0], 16)

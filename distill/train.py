@@ -1,4 +1,5 @@
-"""``distill train``: from a store and a student's folder to a trained student with its run record."""
+"""``distill train``: from a store and a student's folder to a trained student with its run
+record."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
 from logitcache import open_store
 from logitcache.causal_lm import load_causal_lm, model_identity
 from logitcache.environment import describe_environment
 from logitcache.errors import Interrupted, StoreError, UsageError
 from logitcache.files import lock, to_json, write_atomic
 from logitcache.tokenise import load_tokenizer
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from .config import DistillConfig, distill_config
 from .trainer import DistillTrainer
@@ -54,8 +56,9 @@ def train(
 ) -> dict[str, Any]:
     """Train, or go on with a run that was interrupted; returns the run record.
 
-    A finished run with the same settings is left as it is. Raises UsageError if the folder holds another run,
-    StoreError if store and student do not fit, Interrupted after a checkpoint was written because of stop().
+    A finished run with the same settings is left as it is. Raises UsageError if the folder holds
+    another run, StoreError if store and student do not fit, Interrupted after a checkpoint was
+    written because of stop().
     """
     config = request.config()
     identity = _identity(request, config)
@@ -92,13 +95,15 @@ def _plain(value: Any) -> Any:
 
 
 def _existing_run(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of the run in a folder; None if the folder is free. UsageError if it is another run."""
+    """The record of the run in a folder; None if the folder is free. UsageError if it is another
+    run."""
     path = out / RUN_FILE
     if not path.is_file():
         others = [p.name for p in out.iterdir() if p.suffix != ".lock"]
         if others:
             raise UsageError(
-                f"{out}: expected an empty folder or a run, found other files ({sorted(others)[0]}, ...)",
+                f"{out}: expected an empty folder or a run, found other files "
+                f"({sorted(others)[0]}, ...)",
                 "give --out a new folder",
             )
         return None
@@ -106,7 +111,9 @@ def _existing_run(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         found = record["identity"]
     except (json.JSONDecodeError, KeyError) as error:
-        raise StoreError(f"{path}: not a run record: {error}", "give --fresh to train anew") from None
+        raise StoreError(
+            f"{path}: not a run record: {error}", "give --fresh to train anew"
+        ) from None
     changed = []
     for part in identity:
         if part == "settings":
@@ -128,7 +135,9 @@ def _existing_run(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 def _delete(out: Path) -> None:
     if not (out / RUN_FILE).is_file() and any(p.suffix != ".lock" for p in out.iterdir()):
-        raise UsageError(f"{out}: --fresh deletes runs only, found other files", "remove it yourself")
+        raise UsageError(
+            f"{out}: --fresh deletes runs only, found other files", "remove it yourself"
+        )
     for child in out.iterdir():
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
@@ -162,7 +171,9 @@ class _Watch(TrainerCallback):
             return
         with open(self.log_path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        if "loss" in logs and (time.monotonic() - self.said > 10 or state.global_step == state.max_steps):
+        if "loss" in logs and (
+            time.monotonic() - self.said > 10 or state.global_step == state.max_steps
+        ):
             self.said = time.monotonic()
             self.note(
                 f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}, "
@@ -260,12 +271,14 @@ def _drop_later_records(path: Path, step: int) -> None:
 
 
 def _save_student(trainer: DistillTrainer, source: Path, out: Path) -> None:
-    """Save the averaged weights as the student and the raw ones beside it, in the student's own dtype."""
+    """Save the averaged weights as the student and the raw ones beside it, in the student's own
+    dtype."""
     from transformers import AutoConfig
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     dtype = getattr(AutoConfig.from_pretrained(source, local_files_only=True), "dtype", None)
-    # Training is over: the model may change its dtype, and what save_pretrained records is the model's.
+    # Training is over: the model may change its dtype, and what save_pretrained records is the
+    # model's.
     if isinstance(dtype, torch.dtype):
         model.to(dtype)
     trainer.processing_class.save_pretrained(out / RAW_FOLDER)
@@ -273,5 +286,3 @@ def _save_student(trainer: DistillTrainer, source: Path, out: Path) -> None:
     with trainer.averaged_weights():
         model.save_pretrained(out)
     trainer.processing_class.save_pretrained(out)
-
-

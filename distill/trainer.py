@@ -1,4 +1,5 @@
-"""DistillTrainer: a transformers.Trainer whose data is a store and whose loss is the gated two-teacher loss."""
+"""DistillTrainer: a transformers.Trainer whose data is a store and whose loss is the gated
+two-teacher loss."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback
+
 from logitcache import StoreReader, open_store
 from logitcache.causal_lm import Head, check_model
 from logitcache.errors import NonFiniteError, StoreError, UsageError
 from logitcache.tokenise import content_sha256, describe_difference, tokenizer_content
-from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback
 
 from .config import DistillConfig
 from .ema import WeightAverage
@@ -61,7 +63,8 @@ def check_fit(
     width = Head.of(model).weight_VD.shape[0]
     if width < manifest["vocab_size"]:
         raise StoreError(
-            f"{store}: vocabulary: expected a {name} with at least {manifest['vocab_size']} output rows, "
+            f"{store}: vocabulary: expected a {name} with at least "
+            f"{manifest['vocab_size']} output rows, "
             f"found {width}",
             "resize the student's embeddings",
         )
@@ -73,14 +76,16 @@ def check_fit(
         )
     if config.temperature > reader.max_temperature or config.temperature < min(reader.temperatures):
         raise UsageError(
-            f"{store}: temperature: expected {min(reader.temperatures):g} to {reader.max_temperature:g}, "
+            f"{store}: temperature: expected {min(reader.temperatures):g} to "
+            f"{reader.max_temperature:g}, "
             f"found {config.temperature:g}",
             "choose a smaller one, or build with a larger --sample-temperature",
         )
     sampled = [a["estimator"] for a in reader.store.teachers.values()].count("sampled")
     if sampled and config.divergence != "forward_kl":
         raise UsageError(
-            f"{store}: divergence: sampled supports allow forward_kl only, found {config.divergence}",
+            f"{store}: divergence: sampled supports allow forward_kl only, found "
+            f"{config.divergence}",
             "build the store with --estimator topk",
         )
 
@@ -88,17 +93,20 @@ def check_fit(
 class DistillTrainer(Trainer):
     """Train a student on a store.
 
-    model: a causal language model (PEFT models too). args: DistillConfig. store, eval_store: a StoreReader or
-    a path. processing_class: the student's tokenizer, whose content must be that of the store. Everything else
-    is transformers.Trainer's. evaluate() uses the averaged weights and reports, on the eval store, loss (held-out
-    cross entropy), kl (to the gated target at T = 1) and the shares of the strategies.
+    model: a causal language model (PEFT models too). args: DistillConfig. store, eval_store: a
+    StoreReader or a path. processing_class: the student's tokenizer, whose content must be that of
+    the store. Everything else is transformers.Trainer's. evaluate() uses the averaged weights and
+    reports, on the eval store, loss (held-out cross entropy), kl (to the gated target at T = 1) and
+    the shares of the strategies.
 
-    Raises UsageError or StoreError if store, student and settings do not fit; NonFiniteError before a step
-    would be taken with a loss or gradient that is not finite.
+    Raises UsageError or StoreError if store, student and settings do not fit; NonFiniteError before
+    a step would be taken with a loss or gradient that is not finite.
     """
 
     model_accepts_loss_kwargs: bool
-    loss_is_scaled_for_ga = True  # the sum is divided by the valid positions of the whole global batch
+    loss_is_scaled_for_ga = (
+        True  # the sum is divided by the valid positions of the whole global batch
+    )
 
     def __init__(
         self,
@@ -110,7 +118,9 @@ class DistillTrainer(Trainer):
         **kwargs: Any,
     ):
         if processing_class is None:
-            raise UsageError("processing_class: the student's tokenizer is needed to check the store")
+            raise UsageError(
+                "processing_class: the student's tokenizer is needed to check the store"
+            )
         self.reader = store if isinstance(store, StoreReader) else open_store(store)
         self.eval_reader = None
         if eval_store is not None:
@@ -165,7 +175,9 @@ class DistillTrainer(Trainer):
         loss = output["loss"] * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Any:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(float(loss)):
             self._refuse_nonfinite(f"loss is {float(loss)}")
@@ -182,7 +194,9 @@ class DistillTrainer(Trainer):
     def check_gradients(self) -> None:
         """Stop before the optimizer step if any gradient is not finite."""
         gradients = [p.grad for p in self._core.parameters() if p.grad is not None]
-        norms = torch.stack([n.float().to(gradients[0].device) for n in torch._foreach_norm(gradients)])
+        norms = torch.stack(
+            [n.float().to(gradients[0].device) for n in torch._foreach_norm(gradients)]
+        )
         if not bool(torch.isfinite(norms).all()):
             self._refuse_nonfinite("a gradient is not finite")
 
@@ -244,7 +258,9 @@ class DistillTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in held_out_metrics(sums).items()}
         self.log(metrics)
         self._since = time.monotonic()
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     @contextlib.contextmanager
@@ -259,7 +275,8 @@ class DistillTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial))
         folder = folder / f"{_CHECKPOINT_PREFIX}-{self.state.global_step}"
         if self.average is not None and self.args.should_save:
-            # Before the Trainer's own files: trainer_state.json, written last, makes a checkpoint whole.
+            # Before the Trainer's own files: trainer_state.json, written last, makes a checkpoint
+            # whole.
             folder.mkdir(parents=True, exist_ok=True)
             self.average.save(folder)
         super()._save_checkpoint(model, trial)

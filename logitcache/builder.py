@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .codec import frequency_rank
 from .config import BuildConfig, build_config
 from .documents import input_files, read_documents
@@ -27,7 +25,6 @@ from .store import (
     create_teacher,
     is_store,
     load_store,
-    shard_ranges,
     shard_rows,
     write_rows,
 )
@@ -35,8 +32,9 @@ from .store import (
 log = logging.getLogger(__name__)
 
 TEMPERATURES = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
-# For --dry-run, before any teacher ran: bytes per entry as measured on text with estimator "sampled", and
-# entries at the default thresholds (DESIGN section 5); statistics take about 18 bytes a token.
+# For --dry-run, before any teacher ran: bytes per entry as measured on text with estimator
+# "sampled", and entries at the default thresholds (DESIGN section 5); statistics take about 18
+# bytes a token.
 _BYTES_PER_ENTRY, _BYTES_PER_STATISTICS = 2.3, 18
 _MOST_ENTRIES = 256
 
@@ -66,8 +64,9 @@ def build(
 ) -> Store:
     """Build a store, or go on with one that was interrupted; a finished one is left as it is.
 
-    Settings are those of BuildConfig, as one object or as keywords. fresh: delete a store that is there
-    before. stop: asked after every shard; when it says yes, Interrupted is raised with all shards safe.
+    Settings are those of BuildConfig, as one object or as keywords. fresh: delete a store that is
+    there before. stop: asked after every shard; when it says yes, Interrupted is raised with all
+    shards safe.
 
     Raises UsageError, InputError, StoreError, LockedError, ResourceError, NonFiniteError.
     """
@@ -95,7 +94,8 @@ def build(
             for done, shard in enumerate(shards):
                 if stop():
                     raise Interrupted(
-                        f"{config.out}: stopped; {part}: {done} of {len(shards)} shards written this time",
+                        f"{config.out}: stopped; {part}: {done} of {len(shards)} "
+                        "shards written this time",
                         "run the same command again to continue",
                     )
                 run.shard(shard)
@@ -137,8 +137,10 @@ def plan(config: BuildConfig) -> Plan:
     rows = pack(encoder.encode(read_documents(config.data)), config.seq_len)
     if len(rows.tokens) == 0:
         raise InputError(
-            f"{', '.join(map(str, config.data))}: nothing to train on: of {encoder.num_documents} documents "
-            f"{encoder.num_empty} are empty and {encoder.num_without_targets} have no token to predict",
+            f"{', '.join(map(str, config.data))}: nothing to train on: of "
+            f"{encoder.num_documents} documents "
+            f"{encoder.num_empty} are empty and {encoder.num_without_targets} have no "
+            "token to predict",
         )
     manifest = {
         "format": FORMAT,
@@ -173,7 +175,8 @@ def plan(config: BuildConfig) -> Plan:
     }
     if config.estimator == "full" and vocab_size > 65535:
         raise UsageError(
-            f"estimator: full keeps {vocab_size} entries a position; it is for vocabularies below 65536"
+            f"estimator: full keeps {vocab_size} entries a position; it is for "
+            "vocabularies below 65536"
         )
     dtype = str(choose_dtype(config.dtype, choose_device(config.device))).removeprefix("torch.")
     teachers = {
@@ -195,10 +198,12 @@ def estimate_bytes(planned: Plan, config: BuildConfig) -> int:
 def _open_or_create(path: Path, planned: Plan) -> Store:
     others = [p.name for p in path.iterdir() if p.suffix != ".lock"]
     if not is_store(path):
-        # A build that was killed while it created the store left some of these names, and no manifest.
+        # A build that was killed while it created the store left some of these names, and no
+        # manifest.
         if set(others) - {"commits", "tokenizer.json", "rows", "id_of_rank", ".tokenizer.json.tmp"}:
             raise UsageError(
-                f"{path}: expected an empty folder or a store, found other files ({sorted(others)[0]}, ...)",
+                f"{path}: expected an empty folder or a store, found other files "
+                f"({sorted(others)[0]}, ...)",
                 "give --out a new folder",
             )
         id_of_rank, _ = frequency_rank(planned.rows.tokens, planned.manifest["vocab_size"])
@@ -208,9 +213,7 @@ def _open_or_create(path: Path, planned: Plan) -> Store:
         _refuse_other(path, "", store.manifest, planned.manifest)
         for name in store.teachers:
             if name in planned.teachers:
-                _refuse_other(
-                    path, f"{name}: ", store.teachers[name], planned.teachers[name]
-                )
+                _refuse_other(path, f"{name}: ", store.teachers[name], planned.teachers[name])
     for name in TEACHERS:
         if name in planned.teachers and name not in store.teachers:
             store = create_teacher(store, name, planned.teachers[name])
@@ -223,7 +226,8 @@ def _refuse_other(
     changed = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
     if changed:
         lines = [
-            f"  {where}{key}: this command {_brief(wanted.get(key))}, store {_brief(found.get(key))}"
+            f"  {where}{key}: this command {_brief(wanted.get(key))}, store "
+            f"{_brief(found.get(key))}"
             for key in changed
         ]
         raise UsageError(
@@ -256,7 +260,8 @@ def _check_free(path: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a store; its manifest goes first, so that a half-deleted one is not taken for a store."""
+    """Delete a store; its manifest goes first, so that a half-deleted one is not taken for a
+    store."""
     (path / "zarr.json").unlink()
     for child in path.iterdir():
         if child.is_dir() and not child.is_symlink():

@@ -1,8 +1,8 @@
 """A causal language model taken apart: decoder with segment-aware attention, and output head.
 
-transformers keeps attention inside segments when position ids restart and neither an attention mask nor a
-cache is given; whether a model obeys, and whether decoder and head put together give its logits, is checked
-on the model itself before anything is built on it.
+transformers keeps attention inside segments when position ids restart and neither an attention mask
+nor a cache is given; whether a model obeys, and whether decoder and head put together give its
+logits, is checked on the model itself before anything is built on it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from logitcache_kernels import head_logits
 
 from .errors import StoreError, UsageError
@@ -78,13 +79,18 @@ def check_model_folder(folder: Path) -> None:
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
-    """Load a model for inference from a local folder; pickled weights and remote code are never run."""
+    """Load a model for inference from a local folder; pickled weights and remote code are never
+    run."""
     from transformers import AutoModelForCausalLM
 
     check_model_folder(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # transformers and safetensors raise many kinds for a bad folder
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -116,7 +122,8 @@ def hidden_states(
 
 @torch.no_grad()
 def check_model(model: Any, folder: Path) -> None:
-    """Prove on a small input that decoder and head give the model's logits and that segments do not leak."""
+    """Prove on a small input that decoder and head give the model's logits and that segments do not
+    leak."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -126,14 +133,18 @@ def check_model(model: Any, folder: Path) -> None:
     positions = torch.cat((torch.arange(10), torch.arange(14)))[None].to(device)
     packed = Head.of(model).logits(hidden_states(model, tokens, positions)[0]).float()
     parts = [(tokens[:, :10], positions[:, :10]), (tokens[:, 10:], positions[:, 10:])]
-    apart = [model(input_ids=t, position_ids=p, use_cache=False).logits[0].float() for t, p in parts]
+    apart = [
+        model(input_ids=t, position_ids=p, use_cache=False).logits[0].float() for t, p in parts
+    ]
     model.train(was_training)
-    # Low precision blurs logits by its epsilon times their size; a leak or a wrong head is far above.
+    # Low precision blurs logits by its epsilon times their size; a leak or a wrong head is far
+    # above.
     low = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     tolerance = (0.1 if low else 1e-3) * float(apart[0].std().clamp_min(1e-3))
     if (packed[:10] - apart[0]).abs().mean() > tolerance:
         raise UsageError(
-            f"{folder}: {type(model).__name__}: decoder and output head do not give the model's logits",
+            f"{folder}: {type(model).__name__}: decoder and output head do not give "
+            "the model's logits",
             "this architecture is not supported yet",
         )
     if (packed[10:] - apart[1]).abs().mean() > tolerance:

@@ -31,7 +31,9 @@ def cli() -> None:
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
 @click.option("--estimator", type=click.Choice(["sampled", "topk", "full"]), help="What is kept.")
 @click.option("--min-prob", type=float, help="Entries from this probability are kept for certain.")
-@click.option("--threshold", type=float, help="sampled: smaller ones are kept with odds p/threshold.")
+@click.option(
+    "--threshold", type=float, help="sampled: smaller ones are kept with odds p/threshold."
+)
 @click.option("--sample-temperature", type=float, help="sampled: largest temperature of training.")
 @click.option("--top-k", type=int, help="topk: entries kept at most.")
 @click.option("--precision", type=click.Choice(["standard", "high"]), help="Of kept probabilities.")
@@ -51,8 +53,9 @@ def build(
 ) -> None:
     """Build a store; the same command continues one that was interrupted.
 
-    A record is {"text": ...} or {"messages": [{"role", "content"}, ...]}, of which only assistants' turns are
-    trained on; an optional boolean "gold" marks curated examples. A text file is one document.
+    A record is {"text": ...} or {"messages": [{"role", "content"}, ...]}, of which only assistants'
+    turns are trained on; an optional boolean "gold" marks curated examples. A text file is one
+    document.
     """
     from .config import build_config, read_settings
 
@@ -88,14 +91,15 @@ def build(
     document = describe_store(settings.out)
     document["tokens_per_second"] = {name: round(r, 1) for name, r in progress.rates.items()}
     document["gpu_memory_peak_bytes"] = _gpu_memory_peak()
-    nothing_done = before is not None and not any(before.values()) and len(before) == 1 + len(
-        store.teachers
+    nothing_done = (
+        before is not None and not any(before.values()) and len(before) == 1 + len(store.teachers)
     )
     if nothing_done:
         options.note(f"{settings.out}: already complete; nothing was changed")
     text = render_info(document)
     if document["complete"]:
-        text += f"\nnext: distill train --store {settings.out} --student {settings.teacher1} --out child"
+        text += f"\nnext: distill train --store {settings.out} "
+        text += f"--student {settings.teacher1} --out child"
     options.result(document, text)
 
 

@@ -1,9 +1,10 @@
 """Supports and statistics as integers: the layout of a store's arrays, without torch or files.
 
-Per position the kept ids are replaced by their rank in the corpus's frequency order (frequent tokens have small
-ranks), split into certain and sampled ones, and each group is stored as rising ranks: the first rank, then
-the gaps minus one. Values, precision "standard": certain entries round(255 sqrt p), which is uniform in the
-Fisher metric; sampled entries round(-8 logp). Precision "high": logp as float16.
+Per position the kept ids are replaced by their rank in the corpus's frequency order (frequent
+tokens have small ranks), split into certain and sampled ones, and each group is stored as rising
+ranks: the first rank, then the gaps minus one. Values, precision "standard": certain entries
+round(255 sqrt p), which is uniform in the Fisher metric; sampled entries round(-8 logp). Precision
+"high": logp as float16.
 
 Statistics are 16-bit fixed point, see SCALES. Shape suffixes: P positions, K entries.
 """
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Steps per unit: top-1 and gold logp up to 32 nats, entropy up to 16, tail log-partition within +-64.
+# Steps per unit: top-1 and gold logp up to 32 nats, entropy up to 16, tail log-partition within
+# +-64.
 LOGP_STEPS, ENTROPY_STEPS, PARTITION_STEPS = 2048, 4096, 512
 _PARTITION_ZERO = 32768
 ABSENT = 65535  # of a logp: there is none
@@ -22,8 +24,11 @@ _SAMPLED_STEPS = 8
 
 
 def pack_logp(logp: np.ndarray) -> np.ndarray:
-    """Round -logp to 1/2048 nat in uint16; NaN becomes ABSENT, below -32 the smallest that there is."""
-    fixed = np.clip(np.rint(-np.nan_to_num(logp, nan=0.0, neginf=-64.0) * LOGP_STEPS), 0, ABSENT - 1)
+    """Round -logp to 1/2048 nat in uint16; NaN becomes ABSENT, below -32 the smallest that there
+    is."""
+    fixed = np.clip(
+        np.rint(-np.nan_to_num(logp, nan=0.0, neginf=-64.0) * LOGP_STEPS), 0, ABSENT - 1
+    )
     return np.where(np.isnan(logp), ABSENT, fixed).astype(np.uint16)
 
 
@@ -51,7 +56,8 @@ def unpack_partition(fixed: np.ndarray) -> np.ndarray:
 
 
 def frequency_rank(tokens: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Give (id_of_rank, rank_of_id), uint32: ids by falling count in tokens, ties by the lower id."""
+    """Give (id_of_rank, rank_of_id), uint32: ids by falling count in tokens, ties by the lower
+    id."""
     counts = np.bincount(tokens.ravel(), minlength=vocab_size)[:vocab_size]
     id_of_rank = np.argsort(-counts, kind="stable").astype(np.uint32)
     rank_of_id = np.empty(vocab_size, dtype=np.uint32)
@@ -66,7 +72,8 @@ def num_gap_planes(vocab_size: int) -> int:
 
 @dataclass(frozen=True)
 class Entries:
-    """Flat entries of P positions: first each position's certain ones, then its sampled ones, ranks rising.
+    """Flat entries of P positions: first each position's certain ones, then its sampled ones, ranks
+    rising.
 
     counts: uint16 [P, 2]. gaps: uint32 [E]. levels: uint8 or float16 [E].
     """
@@ -88,7 +95,7 @@ def encode(
     precision: str,
 ) -> Entries:
     """Encode supports; ids of -1 are padding."""
-    num_positions, width = ids_PK.shape
+    width = ids_PK.shape[1]
     used_PK = ids_PK >= 0
     vocab_size = len(rank_of_id)
     # One sort orders certain before sampled before padding, by rank within each.
@@ -125,7 +132,8 @@ def _to_levels(logp: np.ndarray, sampled: np.ndarray, precision: str) -> np.ndar
 def decode(entries: Entries, id_of_rank: np.ndarray, precision: str) -> tuple[np.ndarray, ...]:
     """Give ids_PK (int32, -1 padding), logp_PK (float32, -inf padding) and certain_PK (bool).
 
-    logp is as stored: the reader sets the largest to the stored top-1 and makes the whole add up to 1.
+    logp is as stored: the reader sets the largest to the stored top-1 and makes the whole add up to
+    1.
     """
     counts = entries.counts.astype(np.int64)
     total_P = counts.sum(1)
@@ -135,7 +143,8 @@ def decode(entries: Entries, id_of_rank: np.ndarray, precision: str) -> tuple[np
     certain_PK = column < counts[:, :1]
     gap_PK = np.zeros((num_positions, width), dtype=np.int64)
     gap_PK[kept_PK] = entries.gaps
-    # rank = running sum of (gap + 1) - 1 within a group: take off the sum at the end of the certain group.
+    # rank = running sum of (gap + 1) - 1 within a group: take off the sum at the end of the certain
+    # group.
     running_PK = (gap_PK + 1).cumsum(1)
     last = np.maximum(counts[:, :1] - 1, 0)
     before_P1 = np.where(counts[:, :1] > 0, np.take_along_axis(running_PK, last, axis=1), 0)

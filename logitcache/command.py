@@ -1,4 +1,5 @@
-"""What every command of ``logitcache`` and ``distill`` shares: options, errors, exit codes, signals."""
+"""What every command of ``logitcache`` and ``distill`` shares: options, errors, exit codes,
+signals."""
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ _RESOURCE_ERRORS = {
     errno.ENOMEM: "out of memory",
     errno.EIO: "input/output error",
 }
+_PATH_ERRORS = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,23 @@ class Options:
             click.echo(text, err=True)
 
 
+class ManyFiles(click.Command):
+    """A command that reads ``--data A B`` (what a shell makes of ``--data *.jsonl``) as ``--data A --data B``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        values = 0  # of the --data being read, 0 outside of one
+        for argument in args:
+            if argument.startswith("-"):
+                values = int(argument == "--data")
+            elif values:
+                if values > 1:
+                    spread.append("--data")
+                values += 1
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
+
+
 def common_options(function: Callable[..., None]) -> Callable[..., None]:
     """Add --json, --quiet, -v and --debug; the function gets them as its first argument."""
 
@@ -60,7 +79,9 @@ def common_options(function: Callable[..., None]) -> Callable[..., None]:
     @click.option("-v", "verbose", is_flag=True, help="Log more to stderr.")
     @click.option("--debug", is_flag=True, help="Log all, and show tracebacks of errors.")
     @functools.wraps(function)
-    def wrapper(*args: Any, as_json: bool, quiet: bool, verbose: bool, debug: bool, **kwargs: Any) -> None:
+    def wrapper(
+        *args: Any, as_json: bool, quiet: bool, verbose: bool, debug: bool, **kwargs: Any
+    ) -> None:
         options = Options(as_json, quiet, verbose, debug)
         _set_up_logging(options)
         try:
@@ -95,7 +116,9 @@ def _set_up_logging(options: Options) -> None:
         level = logging.INFO
     elif options.quiet:
         level = logging.ERROR
-    logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr, level=level, format="%(levelname)s %(name)s: %(message)s"
+    )
     for noisy in ("asyncio", "filelock", "urllib3", "httpx", "fsspec"):
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
 
@@ -111,11 +134,17 @@ def explain_error(error: BaseException) -> tuple[int, str, str | None]:
     if isinstance(error, OSError) and error.errno in _RESOURCE_ERRORS:
         where = f" {error.filename}" if error.filename else ""
         return 6, f"{_RESOURCE_ERRORS[error.errno]}:{where} ({os.strerror(error.errno)})", None
+    if isinstance(error, OSError) and error.errno in _PATH_ERRORS:
+        return 2, f"{error.filename}: {os.strerror(error.errno)}", "check the paths of this command"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         first = str(error).splitlines()[0] if str(error) else ""
         return 6, f"out of memory: {first}", "use smaller batches"
     kind = type(error).__name__
-    return 1, f"{kind}: {error}", "this is a bug of ours: run it again with --debug and report what it says"
+    return (
+        1,
+        f"{kind}: {error}",
+        "this is a bug of ours: run it again with --debug and report what it says",
+    )
 
 
 def _fail(error: BaseException, options: Options) -> NoReturn:
@@ -132,7 +161,8 @@ def _fail(error: BaseException, options: Options) -> NoReturn:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a wish to stop; the second ends the process with code 130.
+    """Turn the first SIGINT or SIGTERM into a wish to stop; the second ends the process with code
+    130.
 
     Yields a function that says whether stopping was asked for.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,9 +16,10 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without the surprises of its version 1.1: no, off and their kin are text, 5e-5 is a number."""
+    """YAML without the surprises of its version 1.1: no, off and their kin are text, 5e-5 is a
+    number."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar = {
         letter: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool"]
         for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -33,7 +34,8 @@ _Loader.add_implicit_resolver(
 def read_settings(
     file: Path | None, assignments: Sequence[str], flags: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Merge a YAML or JSON file, key=value assignments and flags (None or () = not given) into one dict."""
+    """Merge a YAML or JSON file, key=value assignments and flags (None or () = not given) into one
+    dict."""
     settings: dict[str, Any] = {}
     if file is not None:
         if not file.is_file():
@@ -57,7 +59,9 @@ def read_settings(
             settings[key.strip()] = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise UsageError(f"--set {assignment}: {error}") from None
-    settings.update({key: value for key, value in flags.items() if value is not None and value != ()})
+    settings.update(
+        {key: value for key, value in flags.items() if value is not None and value != ()}
+    )
     return settings
 
 
@@ -69,8 +73,12 @@ def explain(error: ValidationError) -> str:
         if problem["type"] == "extra_forbidden":
             lines.append(f"{where}: no such setting")
         else:
-            found = "" if problem["type"] == "missing" else f", found {problem['input']!r}"
-            lines.append(f"{where}: {problem['msg']}{found}" if where else problem["msg"])
+            message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "missing":
+                message = "this setting is needed, and was not given"
+            elif where:
+                message += f", found {problem['input']!r}"
+            lines.append(f"{where}: {message}" if where else message)
     return "\n".join(lines)
 
 
@@ -80,8 +88,12 @@ class BuildConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     teacher1: Path = Field(description="folder of the current generation, the primary teacher")
-    teacher2: Path | None = Field(None, description="folder of the generation before it, the critic")
-    data: tuple[Path, ...] = Field(min_length=1, description="JSONL, Parquet, text, datasets folders")
+    teacher2: Path | None = Field(
+        None, description="folder of the generation before it, the critic"
+    )
+    data: tuple[Path, ...] = Field(
+        min_length=1, description="JSONL, Parquet, text, datasets folders"
+    )
     out: Path = Field(description="folder of the store")
     estimator: Literal["sampled", "topk", "full"] = Field("sampled", description="what is kept")
     min_prob: float | None = Field(
@@ -91,17 +103,22 @@ class BuildConfig(BaseModel):
     sample_temperature: float = Field(2.0, ge=1, le=4, description="sampled: largest T of training")
     top_k: int = Field(128, ge=1, le=256, description="topk: entries kept at most")
     precision: Literal["standard", "high"] | None = Field(
-        None, description="of kept probabilities: 8 bits or float16; standard unless tiny ones are kept"
+        None,
+        description="of kept probabilities: 8 bits or float16; standard unless tiny ones are kept",
     )
     seq_len: int = Field(2048, ge=2, le=1 << 20, description="tokens in a row")
     seed: int = Field(0, ge=0, lt=1 << 63, description="of the sampled estimator")
-    on_nonfinite: Literal["fail", "skip"] = Field("fail", description="NaN or infinity from a teacher")
+    on_nonfinite: Literal["fail", "skip"] = Field(
+        "fail", description="NaN or infinity from a teacher"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of a teacher's weights: bfloat16 on a GPU, float32 on a CPU"
     )
     batch_tokens: int | None = Field(None, ge=1, description="tokens in a teacher's forward pass")
-    shard: str | None = Field(None, pattern=r"^\d+/[1-9]\d*$", description="I/N: this worker's share")
+    shard: str | None = Field(
+        None, pattern=r"^\d+/[1-9]\d*$", description="I/N: this worker's share"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -112,11 +129,15 @@ class BuildConfig(BaseModel):
                 values["data"] = [values["data"]]
             if values.get("min_prob") is None:
                 values["min_prob"] = {"topk": 0.002, "full": 0.0}.get(
-                    values.get("estimator", "sampled"), 0.005
+                    str(values.get("estimator", "sampled")), 0.005
                 )
             if values.get("precision") is None:
                 # An 8-bit step of sqrt(p) is 1/255: below 1e-3 that is 12 % of p and more.
-                values["precision"] = "standard" if values["min_prob"] >= 1e-3 else "high"
+                try:
+                    tiny = float(values["min_prob"]) < 1e-3
+                except (TypeError, ValueError):
+                    tiny = False  # the field's own check says what is wrong
+                values["precision"] = "high" if tiny else "standard"
         return values
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """Reading documents: JSONL, Parquet, text files and folders written by ``datasets.save_to_disk``.
 
-A document has either a text or a list of messages, and says where it came from. Lines end at LF only: U+2028
-and its kin are text.
+A document has either a text or a list of messages, and says where it came from. Lines end at LF
+only: U+2028 and its kin are text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _TEXT_HINT = 'give each record a "text" string, or "messages" as a list of {"rol
 
 @dataclass(frozen=True)
 class Document:
-    """where: file and line or row. text or messages is None. gold: None where there is no such column."""
+    """where: file and line or row. text or messages is None. gold: None where there is no such
+    column."""
 
     where: str
     text: str | None
@@ -30,18 +31,22 @@ class Document:
 
 
 def read_documents(paths: tuple[Path, ...]) -> Iterator[Document]:
-    """Yield all documents in the order of the files. InputError for the first one that cannot be used."""
+    """Yield all documents in the order of the files. InputError for the first one that cannot be
+    used."""
     for path in paths:
         found = False
         for document in _read_one(path):
             found = True
             yield document
         if not found:
-            raise InputError(f"{path}: no documents in it", "give a file with at least one document")
+            raise InputError(
+                f"{path}: no documents in it", "give a file with at least one document"
+            )
 
 
 def input_files(paths: tuple[Path, ...]) -> list[Path]:
-    """The files behind the given paths, folders opened, in a fixed order. InputError if one is missing."""
+    """The files behind the given paths, folders opened, in a fixed order. InputError if one is
+    missing."""
     files: list[Path] = []
     for path in paths:
         if not path.exists():
@@ -53,9 +58,10 @@ def input_files(paths: tuple[Path, ...]) -> list[Path]:
 def _read_one(path: Path) -> Iterator[Document]:
     if path.is_dir():
         return _from_datasets(path)
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         return _from_parquet(path)
-    if path.suffix in JSON_SUFFIXES:
+    if suffix in JSON_SUFFIXES:
         return _from_jsonl(path)
     return _from_text(path)
 
@@ -79,7 +85,8 @@ def _from_text(path: Path) -> Iterator[Document]:
     if b"\0" in raw[:4096]:
         raise InputError(
             f"{path}: expected text, found binary data",
-            "known endings: .jsonl .ndjson .json (one record a line), .parquet; all others are plain text",
+            "known endings: .jsonl .ndjson .json (one record a line), .parquet; all "
+            "others are plain text",
         )
     yield Document(str(path), _decode(raw, str(path)), None, None)
 
@@ -97,9 +104,13 @@ def _from_jsonl(path: Path) -> Iterator[Document]:
             text = _decode(raw, where)
             try:
                 record = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
-                what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-                raise InputError(f"{where}: not JSON: {what}", "expected one record a line") from None
+            except RecursionError:
+                raise InputError(f"{where}: JSON nested too deeply", "simplify the record") from None
+            except ValueError as error:  # also a number of more than 4300 digits
+                what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                raise InputError(
+                    f"{where}: not JSON: {what}", "expected one record a line"
+                ) from None
             if not isinstance(record, dict):
                 raise InputError(
                     f"{where}: expected an object, found {type(record).__name__}",
@@ -121,7 +132,14 @@ def _from_parquet(path: Path) -> Iterator[Document]:
         columns = [name for name in ("text", "messages", "gold") if name in names]
         _check_columns(names, str(path))
         number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
+        batches = file.iter_batches(batch_size=1024, columns=columns)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise InputError(f"{path}: damaged after row {number}: {error}") from None
+            if batch is None:
+                return
             for record in batch.to_pylist():
                 number += 1
                 yield _to_document(record, f"{path}: row {number}")
@@ -132,7 +150,7 @@ def _from_datasets(path: Path) -> Iterator[Document]:
 
     try:
         data = load_from_disk(str(path))
-    except (FileNotFoundError, ValueError, OSError) as error:
+    except Exception as error:  # datasets and pyarrow raise many kinds for a bad folder
         raise InputError(
             f"{path}: not a folder written by datasets.save_to_disk: {error}",
             "give the files in it one by one, or save it with save_to_disk",
@@ -148,7 +166,8 @@ def _from_datasets(path: Path) -> Iterator[Document]:
 def _check_columns(names: set[str], where: str) -> None:
     if not names & {"text", "messages"}:
         raise InputError(
-            f'{where}: expected a column "text" or "messages", found {sorted(names) or "none"}', _TEXT_HINT
+            f'{where}: expected a column "text" or "messages", found {sorted(names) or "none"}',
+            _TEXT_HINT,
         )
 
 

@@ -1,10 +1,12 @@
-"""Errors that a user can act on: what, where, expected and found, next command; and their exit code."""
+"""Errors that a user can act on: what, where, expected and found, next command; and their exit
+code."""
 
 from __future__ import annotations
 
 
 class LogitCacheError(ValueError):
-    """Base of all user errors. The message says what, where, expected and found; hint says what to do."""
+    """Base of all user errors. The message says what, where, expected and found; hint says what to
+    do."""
 
     exit_code = 1
 

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,22 +46,28 @@ def file_sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file ending in .lock; LockedError if another process has it.
+def lock(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold a lock on a file ending in .lock; LockedError if another process has it, unless wait is given.
 
-    The kernel drops the lock when its process ends, so a killed builder leaves nothing to clean up.
+    Shared locks go together and exclude an exclusive one. The kernel drops the lock when its process ends,
+    so a killed builder leaves nothing to clean up.
     """
+    kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     with open(path, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(file, kind)
+        except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
             raise LockedError(
-                f"{path.parent}: locked by {owner}", "wait for it to end, then run the same command again"
+                f"{path.parent}: locked by {owner}",
+                "wait for it to end, then run the same command again",
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
+        if not shared:
+            file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M")
+            file.write(f"process {os.getpid()} on {os.uname().nodename} since {since}")
+            file.flush()
         yield
-        file.truncate(0)
+        if not shared:
+            file.truncate(0)

@@ -65,7 +65,8 @@ def render_info(info: dict[str, Any]) -> str:
     lines = [
         f"store       {info['store']}  (format {info['format']}, "
         f"{'complete' if info['complete'] else 'INCOMPLETE'})",
-        f"rows        {info['rows']:,} of {info['seq_len']} tokens; {info['documents']:,} documents",
+        f"rows        {info['rows']:,} of {info['seq_len']} tokens; "
+        f"{info['documents']:,} documents",
         f"tokens      {info['tokens']:,}, of which trained on {info['valid_tokens']:,}",
         f"vocabulary  {info['vocab_size']:,}",
         f"bytes       {info['bytes']:,}",
@@ -74,7 +75,8 @@ def render_info(info: dict[str, Any]) -> str:
         lines.append(
             f"{teacher['name']}    {teacher['estimator']}, {teacher['precision']}: "
             + (
-                f"{teacher['bytes_per_token']:.1f} bytes/token, {teacher['mean_support']:.1f} entries, "
+                f"{teacher['bytes_per_token']:.1f} bytes/token, "
+                f"{teacher['mean_support']:.1f} entries, "
                 f"{teacher['mass_covered']:.1%} of the mass for certain"
                 if teacher["positions"]
                 else "nothing written yet"

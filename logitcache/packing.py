@@ -1,8 +1,9 @@
 """Packing documents into rows. The rows are stored: the student sees exactly what the teachers saw.
 
-Rule: a document longer than a row is split into pieces of seq_len tokens, each of which repeats the last
-token of the piece before it, so that every token but the first is predicted exactly once. Pieces go, in
-order, into the fullest row that still has room (best fit), else into a new one. Nothing is cut off.
+Rule: a document longer than a row is split into pieces of seq_len tokens, each of which repeats the
+last token of the piece before it, so that every token but the first is predicted exactly once.
+Pieces go, in order, into the fullest row that still has room (best fit), else into a new one.
+Nothing is cut off.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ PADDING_SEGMENT = 0
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """tokens: int32; loss_mask: bool, which tokens are trained on (as targets); gold: labels usable."""
+    """tokens: int32; loss_mask: bool, which tokens are targets; gold: None where nobody said."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray
-    gold: bool
+    gold: bool | None
 
 
 @dataclass(frozen=True)
 class Rows:
-    """N rows of L tokens. segments: 1, 2, ... per document piece in a row, 0 is padding (at the end).
+    """N rows of L tokens. segments: 1, 2, ... per document piece in a row, 0 is padding (at the
+    end).
 
     loss_mask and gold_mask speak of each token as a target: the position before it predicts it.
     """
@@ -62,7 +64,8 @@ class Rows:
         return index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
 
     def labels(self) -> np.ndarray:
-        """Next token of each position, int64 [N, L]; -100 at segment ends, padding and untrained targets."""
+        """Next token of each position, int64 [N, L]; -100 at segment ends, padding and untrained
+        targets."""
         labels = np.full(self.tokens.shape, -100, dtype=np.int64)
         trained = (self.segments[:, 1:] == self.segments[:, :-1]) & self.loss_mask[:, 1:]
         labels[:, :-1] = np.where(trained, self.tokens[:, 1:].astype(np.int64), -100)
@@ -81,10 +84,15 @@ def _pieces(num_tokens: int, seq_len: int) -> list[tuple[int, int]]:
 
 
 def pack(documents: Iterable[EncodedDocument], seq_len: int) -> Rows:
-    """Pack documents into rows of seq_len tokens (at least 2); see the rule above."""
+    """Pack documents into rows of seq_len tokens (at least 2); see the rule above.
+
+    All labels are gold if no document says so; else those of the documents that say so.
+    """
+    all_gold = True
     contents: list[list[tuple[EncodedDocument, int, int]]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
     for document in documents:
+        all_gold &= document.gold is None
         for start, stop in _pieces(len(document.tokens), seq_len):
             length = stop - start
             at = bisect.bisect_left(room, (length, -1))
@@ -110,6 +118,6 @@ def pack(documents: Iterable[EncodedDocument], seq_len: int) -> Rows:
             rows.tokens[row, span] = document.tokens[start:stop]
             rows.segments[row, span] = number
             rows.loss_mask[row, span] = document.loss_mask[start:stop]
-            rows.gold_mask[row, span] = document.gold
+            rows.gold_mask[row, span] = all_gold or document.gold is True
             at += stop - start
     return rows

@@ -26,9 +26,10 @@ _MOST_INCLUSION = np.float32(1 - 2**-20)
 class TeacherSupport:
     """One teacher at P positions, decoded. Shapes: K entries, T grid points.
 
-    ids_PK: int32, -1 padding. logp_PK: float32, normalised so that certain entries and tail add up to 1.
-    inclusion_PK: float32, 1 = certain; None for top-k supports. tail_PT, entropy_P, top1_logp_P, gold_logp_P:
-    float32. A position without anything stored has ids -1, logp -inf and tail -inf.
+    ids_PK: int32, -1 padding. logp_PK: float32, normalised so that certain entries and tail add up
+    to 1. inclusion_PK: float32, 1 = certain; None for top-k supports. tail_PT, entropy_P,
+    top1_logp_P, gold_logp_P: float32. A position without anything stored has ids -1, logp -inf and
+    tail -inf.
     """
 
     ids_PK: np.ndarray
@@ -43,6 +44,7 @@ class TeacherSupport:
     def sparse_teacher(self, temperature: float) -> SparseTeacher:
         """The support as tensors with the log-partition at this temperature."""
         import torch
+
         from logitcache_kernels import SparseTeacher, log_partition
 
         logp_PK = torch.from_numpy(self.logp_PK)
@@ -65,8 +67,9 @@ class TeacherSupport:
 class TeacherBatch:
     """B rows with their teachers. Position p = b * L + l of a teacher's arrays is token l of row b.
 
-    labels: int64 [B, L], next tokens, -100 where nothing is trained on (also where a teacher was skipped).
-    gold: bool [B, L], which labels are gold. positions: int64 [B, L], position ids, restarting per segment.
+    labels: int64 [B, L], next tokens, -100 where nothing is trained on (also where a teacher was
+    skipped). gold: bool [B, L], which labels are gold. positions: int64 [B, L], position ids,
+    restarting per segment.
     """
 
     rows: Rows
@@ -77,7 +80,8 @@ class TeacherBatch:
 
 
 class StoreReader:
-    """Random access to a complete store. StoreError if something is missing or fails its checksum."""
+    """Random access to a complete store. StoreError if something is missing or fails its
+    checksum."""
 
     def __init__(self, store: Store):
         self.store = store
@@ -92,7 +96,9 @@ class StoreReader:
         batch = self.read_rows(index)
         labels = batch.labels()
         teachers = tuple(self._support(name, index) for name in self.store.teachers)
-        for teacher in teachers:  # nothing stored for a labelled position: the teacher was skipped there
+        for (
+            teacher
+        ) in teachers:  # nothing stored for a labelled position: the teacher was skipped there
             labels[(teacher.ids_PK < 0).all(1).reshape(labels.shape)] = -100
         return TeacherBatch(batch, batch.positions(), labels, batch.gold_labels(), teachers)
 
@@ -106,7 +112,8 @@ class StoreReader:
 
     @property
     def max_temperature(self) -> float:
-        """The largest temperature that training may use: sampled supports lose accuracy beyond theirs."""
+        """The largest temperature that training may use: sampled supports lose accuracy beyond
+        theirs."""
         limits = [max(self.temperatures)]
         for attributes in self.store.teachers.values():
             if attributes["estimator"] == "sampled":
@@ -125,7 +132,8 @@ class StoreReader:
         return {"store": self.store, "manifest": self.manifest, "temperatures": self.temperatures}
 
     def _read(self, name: str, index: np.ndarray) -> np.ndarray:
-        """Read rows of an array one chunk at a time: integer-array indexing in zarr is 20 times slower."""
+        """Read rows of an array one chunk at a time: integer-array indexing in zarr is 20 times
+        slower."""
         try:
             array = self._group[name]
             return np.stack([array[int(row)] for row in index])
@@ -133,13 +141,14 @@ class StoreReader:
             raise
         except (ValueError, KeyError, RuntimeError, OSError) as error:
             raise StoreError(
-                f"{self.store.path / name}: rows {index.min()}..{index.max()} cannot be read: {error}",
+                f"{self.store.path / name}: rows {index.min()}..{index.max()} cannot "
+                f"be read: {error}",
                 "delete the damaged shard's commit record in commits/ and run the same build again",
             ) from None
 
     def _support(self, name: str, index: np.ndarray) -> TeacherSupport:
         attributes = self.store.teachers[name]
-        seq_len, grid = self.manifest["seq_len"], len(self.temperatures)
+        grid = len(self.temperatures)
         count = self._read(f"{name}/count", index)  # [B, 2, L]
         totals = count.sum((1, 2), dtype=np.int64)
         planes = sorted(key for key in self._group[name] if key.startswith("gap_"))
@@ -189,6 +198,7 @@ class StoreReader:
     ) -> np.ndarray:
         """With what probability each sampled entry was kept: max(p, p^S) / threshold."""
         import torch
+
         from logitcache_kernels import log_partition
 
         temperature = float(attributes["sample_temperature"])
@@ -219,7 +229,8 @@ def _logaddexp(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def open_store(path: str | Path) -> StoreReader:
-    """Open a complete store for reading. StoreError if it is none, of another version, or incomplete."""
+    """Open a complete store for reading. StoreError if it is none, of another version, or
+    incomplete."""
     store = load_store(Path(path))
     if not store.teachers:
         raise StoreError(f"{path}: no teacher in it yet", "run its build command again")
@@ -227,7 +238,8 @@ def open_store(path: str | Path) -> StoreReader:
         missing = store.missing(part)
         if missing:
             raise StoreError(
-                f"{path}: incomplete: {part}: {len(missing)} of {len(store.ranges)} shards are missing "
+                f"{path}: incomplete: {part}: {len(missing)} of {len(store.ranges)} "
+                "shards are missing "
                 f"(first: shard {missing[0]})",
                 "run its build command again to make the missing ones",
             )

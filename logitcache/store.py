@@ -7,13 +7,15 @@
         count               uint16 [N, 2, L]  entries certain, sampled
         gap_0, gap_1, ..    uint8  [N, E]     bytes of the gaps between ranks, lowest first
         level               uint8 or float16 [N, E]
-        statistics          uint16 [N, T + 3, L]  tail log-partition on the grid, entropy, top-1, gold logp
-      commits/              one JSON per written shard of rows/ and of each teacher: what it holds, file hashes
+        statistics          uint16 [N, T + 3, L]  tail log-partition on the grid, entropy, top-1,
+                            gold logp
+      commits/              one JSON per written shard of rows/ and of each teacher: file hashes
       tokenizer.json        content of the tokenizer (see tokenise)
 
-One chunk is one row, one shard file some 2^18 positions; both are checksummed (crc32c). A shard is written by one
-worker in one go, made durable, and only then committed: what has no commit record does not exist. E is the
-widest that a row can get; the zeros after its entries cost nothing (STORE facts: -0.6 % bytes).
+One chunk is one row, one shard file some 2^18 positions; both are checksummed (crc32c). A shard is
+written by one worker in one go, made durable, and only then committed: what has no commit record
+does not exist. E is the widest that a row can get; the zeros after its entries cost nothing (STORE
+facts: -0.6 % bytes).
 """
 
 from __future__ import annotations
@@ -108,7 +110,8 @@ def load_store(path: Path) -> Store:
         raise StoreError(f"{path}: no such store", "logitcache build --out makes one")
     if not is_store(path):
         raise StoreError(
-            f"{path}: expected a store, found a {'folder' if path.is_dir() else 'file'} without a manifest",
+            f"{path}: expected a store, found a "
+            f"{'folder' if path.is_dir() else 'file'} without a manifest",
             "give the folder that logitcache build --out wrote",
         )
     manifest = _read_json(path / "zarr.json")["attributes"][_ATTRIBUTE]
@@ -150,7 +153,8 @@ def _create_array(
 def create_store(
     path: Path, manifest: Mapping[str, Any], tokenizer: Mapping[str, Any], id_of_rank: np.ndarray
 ) -> Store:
-    """Create an empty store with its row arrays. The root's metadata is written last: it makes it a store."""
+    """Create an empty store with its row arrays. The root's metadata is written last: it makes it a
+    store."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "commits").mkdir(exist_ok=True)
     write_atomic(path / "tokenizer.json", to_json(tokenizer))

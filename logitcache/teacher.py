@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from logitcache_kernels import Capture, capture
 
 from .causal_lm import (
@@ -41,7 +42,13 @@ class TeacherRun:
         config: BuildConfig,
         report: Callable[[str, int, int, int, int], None] | None,
     ):
-        self.folder, self.name, self.store, self.rows, self.config = folder, name, store, rows, config
+        self.folder, self.name, self.store, self.rows, self.config = (
+            folder,
+            name,
+            store,
+            rows,
+            config,
+        )
         self.report = report or (lambda *_: None)
         self.device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, self.device)
@@ -217,14 +224,17 @@ class TeacherRun:
         if len(bad) and self.config.on_nonfinite == "fail":
             row, token = divmod(int(position_ids[bad[0]]), seq_len)
             raise NonFiniteError(
-                f"{self.folder}: {self.name}: NaN or infinity in the logits at row {row}, token {token} "
-                f"({len(bad)} positions of this batch; weights {next(self.model.parameters()).dtype})",
+                f"{self.folder}: {self.name}: NaN or infinity in the logits at row "
+                f"{row}, token {token} "
+                f"({len(bad)} positions of this batch; weights "
+                f"{next(self.model.parameters()).dtype})",
                 "use --set dtype=float32, or --on-nonfinite skip to leave such positions out",
             )
         most = self.store.teachers[self.name]["max_entries"]
         if int(captured["count"].max(initial=0)) > most:
             raise UsageError(
-                f"{self.name}: a position keeps {captured['count'].max()} entries, {most} can be stored",
+                f"{self.name}: a position keeps {captured['count'].max()} entries, "
+                f"{most} can be stored",
                 "raise --min-prob or --threshold",
             )
 

@@ -19,12 +19,13 @@ _BATCH = 256  # documents tokenised at once; the tokenizer spreads a batch over 
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load a tokenizer from a local folder. StoreError if there is none, or none with a fast backend."""
+    """Load a tokenizer from a local folder. StoreError if there is none, or none with a fast
+    backend."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise many kinds for a bad folder
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(f"{folder}: no tokenizer can be loaded from it: {first}") from None
     if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -36,7 +37,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def tokenizer_content(tokenizer: Any) -> dict[str, Any]:
-    """What a tokenizer is: vocabulary, merges, rules, special tokens and chat template, as plain data.
+    """What a tokenizer is: vocabulary, merges, rules, special tokens and chat template, as plain
+    data.
 
     Left out is what no token depends on: truncation, padding, names and paths.
     """
@@ -72,7 +74,8 @@ def vocabulary(content: dict[str, Any]) -> dict[int, str]:
 
 
 def describe_difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
-    """Say how two tokenizers differ: the first differing ids and their strings, or which part it is."""
+    """Say how two tokenizers differ: the first differing ids and their strings, or which part it
+    is."""
     left, right = vocabulary(expected), vocabulary(found)
     ids = [i for i in sorted(set(left) | set(right)) if left.get(i) != right.get(i)]
     if ids:
@@ -104,9 +107,10 @@ def _short(value: Any) -> str:
 class Encoder:
     """Turns documents into tokens, counting what it leaves out.
 
-    A text is one document: its tokens, then the end-of-sequence token; every token is a target. The text of a
-    special token inside a document is text, not a control token. Of messages, rendered by the tokenizer's
-    chat template, only what assistants say (with the mark that ends a turn) is a target.
+    A text is one document: its tokens, then the end-of-sequence token; every token is a target. The
+    text of a special token inside a document is text, not a control token. Of messages, rendered by
+    the tokenizer's chat template, only what assistants say (with the mark that ends a turn) is a
+    target.
     """
 
     def __init__(self, tokenizer: Any):
@@ -131,7 +135,7 @@ class Encoder:
                 if not loss_mask[1:].any():
                     self.num_without_targets += 1
                     continue
-                yield EncodedDocument(tokens, loss_mask, document.gold is not False)
+                yield EncodedDocument(tokens, loss_mask, document.gold)
 
     def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
         if not texts:
@@ -189,7 +193,8 @@ class Encoder:
             before, after = render(number, True), render(number + 1, False)
             if not (text.startswith(after) and after.startswith(before)):
                 raise InputError(
-                    f"{document.where}: the chat template rewrites earlier turns, so that assistant turn "
+                    f"{document.where}: the chat template rewrites earlier turns, so "
+                    "that assistant turn "
                     f"{number + 1} cannot be found in the whole",
                     "give one assistant turn per record, as the last message",
                 )

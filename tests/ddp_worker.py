@@ -1,4 +1,5 @@
-"""Run by torchrun in test_train: one SGD step on two CPU processes; rank 0 saves the weights and its log."""
+"""Run by torchrun in test_train: one SGD step on two CPU processes; rank 0 saves the weights and
+its log."""
 
 import json
 import sys

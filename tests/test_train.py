@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
+from tiny import make_model, make_tokenizer, sentences, write_jsonl
+
 from distill import DistillConfig, DistillTrainer
 from distill.bundled import BUNDLED
 from distill.cli import cli
@@ -20,8 +23,6 @@ from logitcache.causal_lm import load_causal_lm
 from logitcache.errors import Interrupted, NonFiniteError, StoreError, UsageError
 from logitcache.tokenise import load_tokenizer
 from logitcache_kernels import DistillSpec, SparseTeacher, distill_loss
-from safetensors.torch import load_file
-from tiny import make_model, make_tokenizer, sentences, write_jsonl
 
 CPU = torch.device("cpu")
 SETTINGS = {
@@ -242,12 +243,13 @@ def test_finished_run_is_left_alone_and_another_run_is_refused(work: Path, tmp_p
     train(_request(work, out, max_steps=1), note=said.append)
     assert "already trained" in said[0]
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix != ".lock"}
-    with pytest.raises(UsageError, match="alpha: this command 0.3, run 0.1"):
+    with pytest.raises(UsageError, match=r"alpha: this command 0\.3, run 0\.1"):
         train(_request(work, out, max_steps=1, alpha=0.3))
     train(_request(work, out, max_steps=1, alpha=0.3), fresh=True)
+    request = _request(work, out, max_steps=1, alpha=0.3)
+    other = TrainRequest(request.store, work / "two", out, request.eval_store, request.settings)
     with pytest.raises(UsageError, match="student: not the one of the run"):
-        request = _request(work, out, max_steps=1, alpha=0.3)
-        train(TrainRequest(request.store, work / "two", out, request.eval_store, request.settings))
+        train(other)
 
 
 def test_run_folder_that_holds_other_files_is_refused(work: Path, tmp_path: Path) -> None:
@@ -293,7 +295,9 @@ def test_store_of_another_tokenizer_is_refused(
 def test_student_with_a_smaller_vocabulary_is_refused(work: Path, tmp_path: Path) -> None:
     make_model(tmp_path / "small", seed=4, vocab_size=290)
     request = _request(work, tmp_path / "out")
-    with pytest.raises(StoreError, match="expected a student with at least 300 output rows, found 290"):
+    with pytest.raises(
+        StoreError, match="expected a student with at least 300 output rows, found 290"
+    ):
         train(TrainRequest(request.store, tmp_path / "small", request.out, None, request.settings))
 
 
@@ -318,7 +322,9 @@ def test_settings_that_the_store_cannot_serve_are_refused(
         train(_request(work, tmp_path / "out", **settings))
 
 
-def test_top_k_store_trains_with_every_divergence_and_temperature(work: Path, tmp_path: Path) -> None:
+def test_top_k_store_trains_with_every_divergence_and_temperature(
+    work: Path, tmp_path: Path
+) -> None:
     for divergence, temperature in (("reverse_kl", 4.0), ("jsd", 1.0)):
         trainer = _trainer(
             work, tmp_path, "topk", divergence=divergence, temperature=temperature, gamma=0.1

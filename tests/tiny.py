@@ -10,7 +10,26 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the king of france was in a green field and there he saw many small birds fly away".split()
+WORDS = [
+    "the",
+    "king",
+    "of",
+    "france",
+    "was",
+    "in",
+    "a",
+    "green",
+    "field",
+    "and",
+    "there",
+    "he",
+    "saw",
+    "many",
+    "small",
+    "birds",
+    "fly",
+    "away",
+]
 
 
 def sentences(number: int, seed: int, words: int = 12) -> list[str]:
@@ -57,7 +76,7 @@ def make_model(folder: Path, *, seed: int, vocab_size: int = 300, **settings):
             "num_key_value_heads": 2,
             "max_position_embeddings": 128,
             "tie_word_embeddings": True,
-            "initializer_range": 0.2,  # peaked predictions, so that the gate has something to decide
+            "initializer_range": 0.2,  # peaked: the gate has something to decide
             "bos_token_id": None,
             "eos_token_id": 0,
             **settings,
