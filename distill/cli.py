@@ -91,17 +91,18 @@ def train(
 
 @cli.command()
 @click.option(
-    "--out", type=Path, default=Path("demo"), show_default=True, help="Folder for what it makes."
+    "--out", type=Path, help="Folder for what it makes.  [default: demo, here or in /tmp]"
 )
 @common_options
-def demo(options: Options, out: Path) -> None:
+def demo(options: Options, out: Path | None) -> None:
     """Run the main job on bundled text and two small bundled generations: on a CPU, offline.
 
     Capture both teachers, train a student from the store, compare all of them on held-out text.
     """
     _quiet_libraries()
-    from .demo import run_demo
+    from .demo import default_folder, run_demo
 
+    out = out or default_folder()
     document, text = run_demo(out, options)
     options.result(document, text)
 

@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ TRAIN_SETTINGS = {
 
 class DemoError(LogitCacheError):
     """A step of the demo failed; its own message stands above."""
+
+
+def default_folder() -> Path:
+    """``demo`` in the current folder, or among temporary files where nothing may be written here."""
+    if os.access(Path.cwd(), os.W_OK):
+        return Path("demo")
+    return Path(tempfile.gettempdir()) / "logitcache-demo"
 
 
 def demo_commands(out: Path) -> list[list[str]]:
