@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
 from logitcache_kernels import capture
 
 from .common import KEPT, ROWS, VOCABULARIES, Bench, Record, largest_error

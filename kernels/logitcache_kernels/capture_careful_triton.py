@@ -114,7 +114,8 @@ def capture_careful(
                 room = K
                 if kept > K:
                     high = ordered(top).to(tl.int64) + 1
-                    while high - low > 1:
+                    above = 0
+                    while (high - low > 1) & (above != K):
                         middle = (low + high) >> 1
                         above = 0
                         for base in range(0, num_tokens, BLOCK):
@@ -185,7 +186,10 @@ def capture_careful(
                         order = ordered(z).to(tl.int64)
                         certain = certain & ((order > low) | ((order == low) & (ids <= last_tie)))
                     below = tl.where(live & ~certain, z - shift, float("-inf"))
-                    tail_sum += tl.sum(tl.exp(below[None, :] * inverse_t[:, None]), 1)
+                    for t in range(num_temperatures):
+                        inverse = tl.sum(tl.where(t_lane == t, inverse_t, 0.0), 0)
+                        share = tl.sum(tl.exp(below * inverse), 0)
+                        tail_sum += tl.where(t_lane == t, share, 0.0)
                 # log 0 is minus infinity: an empty tail. The addition is to logp, hence - log_1.
                 partition = ((shift - top) - log_1) * inverse_t + tl.log(
                     tl.maximum(tail_sum, 1e-37)

@@ -61,6 +61,18 @@ def ordered(x):
 
 
 @triton.jit
+def powers(y):
+    """Give u^3, u^4, u^6, u^8, u^12, u^24 of u = 2^y: temperatures 4, 3, 2, 1.5, 1, 0.5."""
+    u = tl.exp2(y)
+    u2 = u * u
+    u3 = u2 * u
+    u4 = u2 * u2
+    u6 = u3 * u3
+    u12 = u6 * u6
+    return u3, u4, u6, u4 * u4, u12, u12 * u12
+
+
+@triton.jit
 def inclusion_of(fall, log_1, log_s, inverse_s, min_prob, threshold):
     """Give the sampled estimator's inclusion, 1 where an entry is certain (the top one apart).
 

@@ -1,8 +1,7 @@
-"""Capture of well-behaved rows in one pass over memory; the mathematics stand in ``capture_triton``.
+"""The one pass over memory of ``capture_triton``, where the mathematics stand.
 
-A program takes rows in turn. For each: a clip point from the first logits, the sweep (``_tile``), the
-list of segments that may hold candidates, the candidates themselves, and what follows from them. A row
-that this cannot do exactly is left PENDING for ``capture_careful``.
+One program per row: a clip point from the first logits, then sums of powers and segment maxima. All that
+a thread adds up stays in its registers until the row ends; nothing moves between threads in the loop.
 """
 
 from __future__ import annotations
@@ -10,26 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .capture_parts_triton import (
-    LN2,
-    LOG2E,
-    LOWEST,
-    NO_KEY,
-    PENDING,
-    drawn,
-    inclusion_of,
-    ordered,
-    pair_words,
-    rank_of,
-    row_keys,
-    sort_key,
-    store_gold,
-    store_padding,
-    store_ranked,
-)
+from .capture_parts_triton import LOG2E, LOWEST, pair_words, powers, row_keys
 
-# Below this share of the accumulated sum a tail would have lost too many digits to a subtraction.
-LEAST_SHARE = tl.constexpr(0.01)
+SUMS = tl.constexpr(
+    16
+)  # floats a row hands on: six sums, h, the largest, the clip point, whether sound
 
 
 @triton.jit
@@ -39,28 +23,51 @@ def _per_lane(x, TURNS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr)
 
 
 @triton.jit
-def _powers(y):
-    """Give u^3, u^4, u^6, u^8, u^12, u^24 of u = 2^y: temperatures 4, 3, 2, 1.5, 1, 0.5."""
-    u = tl.exp2(y)
-    u2 = u * u
-    u3 = u2 * u
-    u4 = u2 * u2
-    u6 = u3 * u3
-    u12 = u6 * u6
-    return u3, u4, u6, u4 * u4, u12, u12 * u12
+def _least_half(low, high, word, PACKED: tl.constexpr):
+    """Take the lesser of both halves: one packed instruction, or two and a mask."""
+    if PACKED:
+        low = tl.inline_asm_elementwise(
+            "min.u16x2 $0, $1, $2;", "=r,r,r", [low, word], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        low = tl.minimum(low, word & 0xFFFF)
+        high = tl.minimum(high, word)
+    return low, high
+
+
+@triton.jit
+def _score(
+    group, first, key0, clip, slope,
+    VECTOR: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Bound, for each group of VECTOR ids from ``first``, log2 of inclusion over uniform."""
+    word = pair_words(key0, first)
+    low, high = word, word
+    if not PACKED:
+        low = word & 0xFFFF
+    for i in tl.static_range(1, VECTOR // 2):
+        low, high = _least_half(low, high, pair_words(key0, first + i), PACKED)
+    if PACKED:
+        high = low
+        low = low & 0xFFFF
+    least = tl.minimum(low, high >> 16).to(tl.int32).to(tl.float32)
+    # A half of 0 stands for uniforms down to 2^-33: 2^-17 of a unit of the half. The bits
+    # of a float, read as a number, are its log2 from below (by at most 0.09): the score is bounded from above.
+    bits = tl.maximum(least, 2.0**-17).to(tl.int32, bitcast=True)
+    return (group - clip) * slope - tl.fma(bits.to(tl.float32), 2.0**-23, -127.0)
 
 
 @triton.jit
 def _tile(
-    z, tile, clip, key0, segment_ptr, score_ptr,
-    a3, a4, a6, a8, a12, a24, h, peak, score_slope,
+    z, first, clip, key0, a3, a4, a6, a8, a12, a24, h, largest, score, slope,
     SAMPLED: tl.constexpr, TURNS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile to the sums and write its segment maxima (and scores)."""
+    """Add TURNS * VECTOR logits of each lane, from id ``first`` on, to its sums and its maximum."""
     # NaN stays NaN in the clip, so that it shows in the sums.
     clipped = tl.minimum(z, clip, propagate_nan=tl.PropagateNan.ALL)
     y = tl.fma(clipped, LOG2E / 12, clip * (-LOG2E / 12))
-    u3, u4, u6, u8, u12, u24 = _powers(y)
+    u3, u4, u6, u8, u12, u24 = powers(y)
     a3 += _per_lane(u3, TURNS, LANES, VECTOR)
     a4 += _per_lane(u4, TURNS, LANES, VECTOR)
     a6 += _per_lane(u6, TURNS, LANES, VECTOR)
@@ -69,334 +76,89 @@ def _tile(
     a24 += _per_lane(u24, TURNS, LANES, VECTOR)
     h += _per_lane(u12 * y, TURNS, LANES, VECTOR)
     group = tl.max(tl.reshape(z, [TURNS, LANES, VECTOR]), 2)
-    largest = tl.max(group, 0)
-    peak = tl.maximum(peak, largest)
-    lane = tl.arange(0, LANES)
-    tl.store(segment_ptr + tile * LANES + lane, largest)
+    largest = tl.maximum(largest, tl.max(group, 0))
     if SAMPLED:
-        turn = tl.arange(0, TURNS)
-        first = (tile * (TURNS * LANES) + turn[:, None] * LANES + lane[None, :]) * (VECTOR // 2)
-        word = pair_words(key0, first)
-        low, high = word & 0xFFFF, word
-        for i in tl.static_range(1, VECTOR // 2):
-            word = pair_words(key0, first + i)
-            low = tl.minimum(low, word & 0xFFFF)
-            high = tl.minimum(high, word)
-        smallest = tl.minimum(low, high >> 16).to(tl.int32).to(tl.float32)
-        # A half of 0 stands for uniforms down to 2^-33: 2^-17 of a unit of the half.
-        smallest = tl.maximum(smallest, 2.0**-17)
-        score = (group - clip) * score_slope - tl.log2(smallest)
-        tl.store(score_ptr + tile * LANES + lane, tl.max(score, 0))
-    return a3, a4, a6, a8, a12, a24, h, peak
+        place = tl.arange(0, TURNS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+        pair = first // 2 + place * (VECTOR // 2)
+        score = tl.maximum(score, tl.max(_score(group, pair, key0, clip, slope, VECTOR, PACKED), 0))
+    return a3, a4, a6, a8, a12, a24, h, largest, score
 
 
-@triton.jit
-def _list_segments(
-    segment_ptr, score_ptr, list_ptr, num_segments, low, score_bound,
-    SAMPLED: tl.constexpr, CHUNK: tl.constexpr, CAP: tl.constexpr,
-):  # fmt: skip
-    """List, in order, segments whose maximum is at least ``low`` (ordered), or score the bound."""
-    listed = 0
-    for base in range(0, num_segments, CHUNK):
-        segment = base + tl.arange(0, CHUNK)
-        live = segment < num_segments
-        hit = live & (ordered(tl.load(segment_ptr + segment, mask=live, other=LOWEST)) >= low)
-        if SAMPLED:
-            score = tl.load(score_ptr + segment, mask=live, other=LOWEST)
-            hit = hit | (live & (score >= score_bound))
-        slot = listed + tl.cumsum(hit.to(tl.int32), 0) - 1
-        tl.store(list_ptr + slot, segment, mask=hit & (slot < CAP))
-        listed += tl.sum(hit.to(tl.int32), 0)
-    return listed
-
-
-@triton.jit
-def _count_segments(segment_ptr, num_segments, low, CHUNK: tl.constexpr):
-    count = tl.zeros([CHUNK], tl.int32)
-    for base in range(0, num_segments, CHUNK):
-        segment = base + tl.arange(0, CHUNK)
-        value = tl.load(segment_ptr + segment, mask=segment < num_segments, other=LOWEST)
-        count += ((ordered(value) >= low) & (segment < num_segments)).to(tl.int32)
-    return tl.sum(count, 0)
-
-
-@triton.jit
-def _segment_logits(
-    z_row, list_ptr, base, listed, num_tokens,
-    TURNS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, SEGMENTS: tl.constexpr,
-):  # fmt: skip
-    """Read the logits of some listed segments again (from L2 or memory), flat, with their ids."""
-    SIZE: tl.constexpr = TURNS * VECTOR
-    index = base + tl.arange(0, SEGMENTS)
-    live = index < listed
-    segment = tl.load(list_ptr + index, mask=live, other=0)
-    start = (segment // LANES) * (LANES * SIZE) + (segment % LANES) * VECTOR
-    item = tl.arange(0, SIZE)
-    ids = start[:, None] + ((item // VECTOR) * (LANES * VECTOR) + item % VECTOR)[None, :]
-    ids = tl.reshape(ids, [SEGMENTS * SIZE])
-    valid = tl.reshape(tl.broadcast_to(live[:, None], [SEGMENTS, SIZE]), [SEGMENTS * SIZE])
-    valid = valid & (ids < num_tokens)
-    return ids, valid, tl.load(z_row + ids, mask=valid, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _append(z_scratch, id_scratch, found, z, ids, hit, CAP: tl.constexpr):
-    slot = found + tl.cumsum(hit.to(tl.int32), 0) - 1
-    tl.store(z_scratch + slot, z, mask=hit & (slot < CAP))
-    tl.store(id_scratch + slot, ids, mask=hit & (slot < CAP))
-    return found + tl.sum(hit.to(tl.int32), 0)
-
-
-@triton.jit(do_not_specialize=["start", "num_rows"])
+@triton.jit(do_not_specialize=["start"])
 def capture_sweep(
-    z_ptr, stride, label_ptr, position_ptr,
-    ids_ptr, logp_ptr, inclusion_ptr, tail_ptr, entropy_ptr, top1_ptr, gold_ptr, count_ptr,
-    segment_ptr, score_ptr, list_ptr, candidate_ptr, candidate_id_ptr, key_ptr, chosen_ptr,
-    num_rows, num_tokens, num_segments, min_prob, log_min_prob, threshold, log_threshold, start,
-    SAMPLED: tl.constexpr, HAS_LABELS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
-    INVERSE_S: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    HEAD: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
-    SEGMENT_CAP: tl.constexpr, CANDIDATE_CAP: tl.constexpr, STAGES: tl.constexpr,
+    z_ptr, stride, position_ptr, sums_ptr, segment_ptr, score_ptr,
+    num_tokens, num_segments, start,
+    SAMPLED: tl.constexpr, INVERSE_S: tl.constexpr,
+    TURNS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    HEAD: tl.constexpr, GROUPS: tl.constexpr, CLIP_RANK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Capture every row, or leave its count PENDING."""
-    TURNS: tl.constexpr = BLOCK // (LANES * VECTOR)
-    SEGMENTS: tl.constexpr = 1024 // (TURNS * VECTOR)
-    ITEMS: tl.constexpr = 128
-    program = tl.program_id(0)
-    segment_ptr += program.to(tl.int64) * num_segments
-    if SAMPLED:
-        score_ptr += program.to(tl.int64) * num_segments
-    list_ptr += program * SEGMENT_CAP
-    candidate_ptr += program * CANDIDATE_CAP
-    candidate_id_ptr += program * CANDIDATE_CAP
-    key_ptr += program * CANDIDATE_CAP
-    chosen_ptr += program * CANDIDATE_CAP
-    lane = tl.arange(0, BLOCK)
-    item = tl.arange(0, ITEMS)
+    """Write a row's sums, segment maxima and scores.
+
+    A segment is PARTS * TURNS pieces of VECTOR logits, LANES * VECTOR apart: what one lane reads.
+    """
+    PART: tl.constexpr = TURNS * LANES * VECTOR
+    BLOCK: tl.constexpr = PARTS * PART
+    row = tl.program_id(0).to(tl.int64)
+    z_row = z_ptr + row * stride
+    segment_ptr += row * num_segments
+    lanes = tl.arange(0, LANES)
+    key0, _ = row_keys(start, tl.load(position_ptr + row))
+    # The clip point: the largest but CLIP_RANK - 1 of the head's GROUPS maxima.
+    head = tl.arange(0, HEAD)
+    head_z = tl.load(z_row + head, mask=head < num_tokens, other=float("-inf")).to(tl.float32)
+    maxima = tl.max(tl.reshape(head_z, [HEAD // GROUPS, GROUPS]), 0)
+    larger = tl.sum((maxima[:, None] > maxima[None, :]).to(tl.int32), 0)
+    clip = tl.min(tl.where(larger < CLIP_RANK, maxima, float("inf")), 0)
+    sound = tl.abs(clip) < 1e5
+    clip = tl.where(sound, clip, 0.0)
+    a3 = tl.zeros([LANES], tl.float32)
+    a4 = tl.zeros([LANES], tl.float32)
+    a6 = tl.zeros([LANES], tl.float32)
+    a8 = tl.zeros([LANES], tl.float32)
+    a12 = tl.zeros([LANES], tl.float32)
+    a24 = tl.zeros([LANES], tl.float32)
+    h = tl.zeros([LANES], tl.float32)
+    peak = tl.full([LANES], LOWEST, tl.float32)
+    offset = tl.arange(0, PART)
     whole = num_tokens // BLOCK
-    for row32 in range(program, num_rows, tl.num_programs(0)):
-        row = tl.full((), 0, tl.int64) + row32
-        z_row = z_ptr + row * stride
-        key0, key1 = row_keys(start, tl.load(position_ptr + row))
-        # The clip point: GROUPS of the first logits are at or above it, some tens of the row.
-        head = tl.arange(0, HEAD)
-        start_z = tl.load(z_row + head, mask=head < num_tokens, other=float("-inf")).to(tl.float32)
-        clip = tl.min(tl.max(tl.reshape(start_z, [GROUPS, HEAD // GROUPS]), 1), 0)
-        sound = (clip > LOWEST) & (clip < -LOWEST)
-        clip = tl.where(sound, clip, 0.0)
-        a3 = tl.zeros([LANES], tl.float32)
-        a4 = tl.zeros([LANES], tl.float32)
-        a6 = tl.zeros([LANES], tl.float32)
-        a8 = tl.zeros([LANES], tl.float32)
-        a12 = tl.zeros([LANES], tl.float32)
-        a24 = tl.zeros([LANES], tl.float32)
-        h = tl.zeros([LANES], tl.float32)
-        peak = tl.full([LANES], LOWEST, tl.float32)
-        for tile in tl.range(0, whole, num_stages=STAGES):
-            tile_z = tl.load(z_row + tile * BLOCK + lane).to(tl.float32)
-            a3, a4, a6, a8, a12, a24, h, peak = _tile(
-                tile_z, tile, clip, key0, segment_ptr, score_ptr,
-                a3, a4, a6, a8, a12, a24, h, peak, INVERSE_S * LOG2E,
-                SAMPLED, TURNS, LANES, VECTOR,
+    for tile in range(whole):
+        largest = tl.full([LANES], LOWEST, tl.float32)
+        score = tl.full([LANES], LOWEST, tl.float32)
+        for part in range(PARTS):
+            first = tile * BLOCK + part * PART
+            z = tl.load(z_row + first + offset).to(tl.float32)
+            a3, a4, a6, a8, a12, a24, h, largest, score = _tile(
+                z, first, clip, key0, a3, a4, a6, a8, a12, a24, h, largest, score,
+                INVERSE_S * LOG2E, SAMPLED, TURNS, LANES, VECTOR, PACKED,
             )  # fmt: skip
-        if whole * BLOCK < num_tokens:
-            live = whole * BLOCK + lane < num_tokens
-            rest_z = tl.load(z_row + whole * BLOCK + lane, mask=live, other=0.0).to(tl.float32)
-            a3, a4, a6, a8, a12, a24, h, peak = _tile(
-                tl.where(live, rest_z, LOWEST), whole, clip, key0, segment_ptr, score_ptr,
-                a3, a4, a6, a8, a12, a24, h, peak, INVERSE_S * LOG2E,
-                SAMPLED, TURNS, LANES, VECTOR,
-            )  # fmt: skip
-        a3 = tl.sum(a3, 0)
-        a4 = tl.sum(a4, 0)
-        a6 = tl.sum(a6, 0)
-        a8 = tl.sum(a8, 0)
-        a12 = tl.sum(a12, 0)
-        a24 = tl.sum(a24, 0)
-        h = tl.sum(h, 0)
-        top = tl.max(peak, 0)
-        # A NaN anywhere makes a12 NaN, a minus infinity makes h NaN.
-        sound = sound & (a12 == a12) & (h == h) & (tl.abs(top) < 1e5) & (top > clip)
-        tl.debug_barrier()
-
-        # Candidates: everything above the clip; for top-k at least the K largest.
-        low = ordered(clip) + 1
-        if not SAMPLED:
-            floor = tl.full((), -(2**31) + 1, tl.int32)
-            high = low
-            count = _count_segments(segment_ptr, num_segments, low, CHUNK)
-            turns = 0
-            while (turns < 32) & ((count < K) | (count > SEGMENT_CAP)) & (low <= ordered(clip) + 1):
-                # Steps down that double (in ordered bits), then halving between too many and too few.
-                if count < K:
-                    high = low
-                    step = tl.full((), 1, tl.int32) << tl.minimum(turns + 16, 27)
-                    down = tl.maximum(low, floor + step) - step
-                    low = tl.where(floor == -(2**31) + 1, down, floor + (low - floor) // 2)
-                else:
-                    floor = low
-                    low = low + tl.maximum((high - low) // 2, 1)
-                count = _count_segments(segment_ptr, num_segments, low, CHUNK)
-                turns += 1
-            low = tl.minimum(low, ordered(clip) + 1)
-            sound = sound & (count >= K)
-        listed = _list_segments(
-            segment_ptr, score_ptr, list_ptr, num_segments, low, 0.0, False, CHUNK, SEGMENT_CAP
-        )
-        tl.debug_barrier()
-        sound = sound & (listed <= SEGMENT_CAP)
-        found = 0
-        for base in range(0, tl.where(sound, listed, 0), SEGMENTS):
-            ids, valid, z = _segment_logits(
-                z_row, list_ptr, base, listed, num_tokens, TURNS, LANES, VECTOR, SEGMENTS
-            )
-            hit = valid & (ordered(z) >= low)
-            found = _append(candidate_ptr, candidate_id_ptr, found, z, ids, hit, CANDIDATE_CAP)
-        tl.debug_barrier()
-        sound = sound & (found <= CANDIDATE_CAP)
-        found = tl.where(sound, found, 0)
-
-        # The partition functions over all entries, and the entropy, scaled by the top.
-        e_sum = tl.zeros([ITEMS], tl.float32)
-        s_sum = tl.zeros([ITEMS], tl.float32)
-        x_sum = tl.zeros([ITEMS], tl.float32)
-        above = tl.zeros([ITEMS], tl.int32)
-        first = tl.full([ITEMS], 0x7FFFFFFF, tl.int32)
-        for base in range(0, found, ITEMS):
-            live = base + item < found
-            z = tl.load(candidate_ptr + base + item, mask=live, other=LOWEST)
-            ids = tl.load(candidate_id_ptr + base + item, mask=live, other=0)
-            first = tl.minimum(first, tl.where(z == top, ids, 0x7FFFFFFF))
-            over = z > clip
-            e = tl.where(over, tl.exp(z - top), 0.0)
-            e_sum += e
-            x_sum += e * (z - top)
-            s_sum += tl.where(over, tl.exp((z - top) * INVERSE_S), 0.0)
-            above += over.to(tl.int32)
-        first = tl.min(first, 0)
-        num_above = tl.sum(above, 0).to(tl.float32)
-        shift = tl.exp(clip - top)
-        below = shift * (a12 - num_above)
-        e_total = tl.sum(e_sum, 0) + below
-        x_total = tl.sum(x_sum, 0) + below * (clip - top) + shift * h * (12 * LN2)
-        log_1 = tl.log(tl.where(sound, e_total, 1.0))
-        entropy = log_1 - x_total / tl.where(sound, e_total, 1.0)
+        peak = tl.maximum(peak, largest)
+        tl.store(segment_ptr + tile * LANES + lanes, largest)
         if SAMPLED:
-            if INVERSE_S == 1.0:
-                a_s = a12
-            elif INVERSE_S == 1 / 1.5:
-                a_s = a8
-            elif INVERSE_S == 0.5:
-                a_s = a6
-            elif INVERSE_S == 1 / 3:
-                a_s = a4
-            else:
-                a_s = a3
-            s_total = tl.sum(s_sum, 0) + tl.exp((clip - top) * INVERSE_S) * (a_s - num_above)
-            log_s = tl.log(tl.where(sound, s_total, 1.0))
-            # From which logit on an entry may be certain, or have p above p^S: rarely below clip.
-            bound = log_1 + tl.minimum(log_min_prob, log_threshold)
-            bound = tl.minimum(bound, (log_s + log_threshold) / INVERSE_S)
-            if INVERSE_S < 1.0:
-                bound = tl.minimum(bound, (log_1 - log_s) / (1.0 - INVERSE_S))
-            bound = top + bound
-            bound = tl.where(bound > clip + 1e-2, -LOWEST, bound - 1e-2)
-            score_bound = (log_threshold + log_s + (top - clip) * INVERSE_S) * LOG2E - 16.0 - 0.01
-            tl.debug_barrier()
-            listed = _list_segments(
-                segment_ptr, score_ptr, list_ptr, num_segments, ordered(bound), score_bound,
-                True, CHUNK, SEGMENT_CAP,
+            tl.store(score_ptr + row * num_segments + tile * LANES + lanes, score)
+    if whole * BLOCK < num_tokens:
+        largest = tl.full([LANES], LOWEST, tl.float32)
+        score = tl.full([LANES], LOWEST, tl.float32)
+        for part in range(PARTS):
+            first = whole * BLOCK + part * PART
+            live = first + offset < num_tokens
+            z = tl.load(z_row + first + offset, mask=live, other=0.0).to(tl.float32)
+            a3, a4, a6, a8, a12, a24, h, largest, score = _tile(
+                tl.where(live, z, LOWEST), first, clip, key0,
+                a3, a4, a6, a8, a12, a24, h, largest, score,
+                INVERSE_S * LOG2E, SAMPLED, TURNS, LANES, VECTOR, PACKED,
             )  # fmt: skip
-            tl.debug_barrier()
-            sound = sound & (listed <= SEGMENT_CAP)
-            for base in range(0, tl.where(sound, listed, 0), SEGMENTS):
-                ids, valid, z = _segment_logits(
-                    z_row, list_ptr, base, listed, num_tokens, TURNS, LANES, VECTOR, SEGMENTS
-                )
-                inclusion = inclusion_of(z - top, log_1, log_s, INVERSE_S, min_prob, threshold)
-                hit = (inclusion == 1.0) | drawn(key0, key1, ids, inclusion)
-                hit = hit & valid & (z <= clip)
-                found = _append(candidate_ptr, candidate_id_ptr, found, z, ids, hit, CANDIDATE_CAP)
-            tl.debug_barrier()
-            sound = sound & (found <= CANDIDATE_CAP)
-            found = tl.where(sound, found, 0)
-
-        # Which candidates are kept.
-        kept = tl.zeros([ITEMS], tl.int32)
-        for base in range(0, found, ITEMS):
-            live = base + item < found
-            z = tl.load(candidate_ptr + base + item, mask=live, other=LOWEST)
-            ids = tl.load(candidate_id_ptr + base + item, mask=live, other=0)
-            if SAMPLED:
-                inclusion = inclusion_of(z - top, log_1, log_s, INVERSE_S, min_prob, threshold)
-                inclusion = tl.where(ids == first, 1.0, inclusion)
-                keep = (inclusion == 1.0) | drawn(key0, key1, ids, inclusion)
-            else:
-                keep = (tl.exp((z - top) - log_1) >= min_prob) | (ids == first)
-                inclusion = tl.where(keep, 1.0, 0.0)
-            keep = keep & live
-            kept += keep.to(tl.int32)
-            key = tl.where(keep, sort_key((z - top) - log_1, ids), NO_KEY)
-            tl.store(key_ptr + base + item, key, mask=live)
-            tl.store(chosen_ptr + base + item, inclusion, mask=live)
-        kept = tl.sum(kept, 0)
-        tl.debug_barrier()
-
-        # Rank, write, and correct the tail: in by entries above the clip that are not certain, out
-        # by certain ones that are below it.
-        t3 = tl.zeros([ITEMS], tl.float32)
-        t4 = tl.zeros([ITEMS], tl.float32)
-        t6 = tl.zeros([ITEMS], tl.float32)
-        t8 = tl.zeros([ITEMS], tl.float32)
-        t12 = tl.zeros([ITEMS], tl.float32)
-        t24 = tl.zeros([ITEMS], tl.float32)
-        for base in range(0, found, ITEMS):
-            live = base + item < found
-            keys = tl.load(key_ptr + base + item, mask=live, other=NO_KEY)
-            inclusion = tl.load(chosen_ptr + base + item, mask=live, other=0.0)
-            z = tl.load(candidate_ptr + base + item, mask=live, other=LOWEST)
-            rank = rank_of(key_ptr, keys, found, 32)
-            certain = inclusion == 1.0
-            if not SAMPLED:
-                certain = certain & (rank < K)
-            store_ranked(ids_ptr, logp_ptr, inclusion_ptr, row, keys, rank, inclusion, K)
-            over = z > clip
-            sign = tl.where(over & ~certain, 1.0, tl.where(~over & certain, -1.0, 0.0))
-            used = live & (sign != 0.0)
-            u3, u4, u6, u8, u12, u24 = _powers(tl.where(used, z - clip, 0.0) * (LOG2E / 12))
-            sign = tl.where(used, sign, 0.0)
-            t3 += sign * u3
-            t4 += sign * u4
-            t6 += sign * u6
-            t8 += sign * u8
-            t12 += sign * u12
-            t24 += sign * u24
-        a3, t3, g3 = _tail(a3, num_above, t3, (clip - top) - log_1, 1 / 4)
-        a4, t4, g4 = _tail(a4, num_above, t4, (clip - top) - log_1, 1 / 3)
-        a6, t6, g6 = _tail(a6, num_above, t6, (clip - top) - log_1, 1 / 2)
-        a8, t8, g8 = _tail(a8, num_above, t8, (clip - top) - log_1, 1 / 1.5)
-        a12, t12, g12 = _tail(a12, num_above, t12, (clip - top) - log_1, 1.0)
-        a24, t24, g24 = _tail(a24, num_above, t24, (clip - top) - log_1, 2.0)
-        sound = sound & a3 & a4 & a6 & a8 & a12 & a24
-        tl.store(tail_ptr + row * 6, g24)
-        tl.store(tail_ptr + row * 6 + 1, g12)
-        tl.store(tail_ptr + row * 6 + 2, g8)
-        tl.store(tail_ptr + row * 6 + 3, g6)
-        tl.store(tail_ptr + row * 6 + 4, g4)
-        tl.store(tail_ptr + row * 6 + 5, g3)
-        tl.store(entropy_ptr + row, entropy)
-        tl.store(top1_ptr + row, -log_1)
-        store_gold(z_row, label_ptr, gold_ptr, row, num_tokens, top, log_1, HAS_LABELS)
-        store_padding(ids_ptr, logp_ptr, inclusion_ptr, row, kept, K, WIDTH)
-        if not SAMPLED:
-            kept = tl.minimum(kept, K)
-        tl.store(count_ptr + row, tl.where(sound, kept, PENDING))
-        tl.debug_barrier()
-
-
-@triton.jit
-def _tail(total, num_above, correction, clip_logp, INVERSE_T: tl.constexpr):
-    """Give whether the tail is well-conditioned, its sum, and G."""
-    tail = total - num_above + tl.sum(correction, 0)
-    sound = (tail >= LEAST_SHARE * total) & (tail < -LOWEST)
-    return sound, tail, clip_logp * INVERSE_T + tl.log(tl.where(sound, tail, 1.0))
+        peak = tl.maximum(peak, largest)
+        tl.store(segment_ptr + whole * LANES + lanes, largest)
+        if SAMPLED:
+            tl.store(score_ptr + row * num_segments + whole * LANES + lanes, score)
+    sums_ptr += row * SUMS
+    tl.store(sums_ptr, tl.sum(a3, 0))
+    tl.store(sums_ptr + 1, tl.sum(a4, 0))
+    tl.store(sums_ptr + 2, tl.sum(a6, 0))
+    tl.store(sums_ptr + 3, tl.sum(a8, 0))
+    tl.store(sums_ptr + 4, tl.sum(a12, 0))
+    tl.store(sums_ptr + 5, tl.sum(a24, 0))
+    tl.store(sums_ptr + 6, tl.sum(h, 0))
+    tl.store(sums_ptr + 7, tl.max(peak, 0))
+    tl.store(sums_ptr + 8, clip)
+    tl.store(sums_ptr + 9, sound.to(tl.float32))

@@ -4,7 +4,7 @@ Bytes per row: V * itemsize read; K * 12 + 44 written. Segment maxima (and, for 
 numbers each, and the candidates go through a scratch that stays in L2, as do re-read segments.
 
 Mathematics. Let z be a row's logits. All sums are taken over logits *clipped* at c, a value that some tens
-of the row exceed (a lower bound of the G-th largest of the first 8192: the least of G groups' maxima).
+of the row exceed (found among the maxima of 32 groups of the first 8192).
 With u = exp((min(z, c) - c) / 12), one exponential,
 
     A_T = sum_v exp((min(z_v, c) - c) / T) = sum u^24, u^12, u^8, u^6, u^4, u^3  for T = 0.5, 1, 1.5, 2, 3, 4
@@ -41,14 +41,15 @@ import torch
 import triton
 
 from .capture_careful_triton import capture_careful
+from .capture_finish_triton import capture_finish
 from .capture_parts_triton import PENDING
 from .capture_reference import MAX_KEPT
-from .capture_sweep_triton import capture_sweep
+from .capture_sweep_triton import SUMS, capture_sweep
 from .types import TEMPERATURES, Capture
 from .uniform import PAIR_STEP
 
 _SWEEP_S = (1.0, 1.5, 2.0, 3.0, 4.0)  # sample temperatures whose sum the sweep has anyway
-_HEAD = 8192
+_HEAD, _GROUPS = 8192, 32
 _SEGMENT = 32  # logits whose maximum is kept
 _SEGMENT_CAP, _CANDIDATE_CAP = 1024, 1024
 _MASK = 0xFFFFFFFF
@@ -78,14 +79,13 @@ def _grid_tensors(
     return torch.tensor(grid, dtype=torch.float32, device=device), columns
 
 
-def _groups(num_tokens: int, wanted: int) -> int:
-    """How many groups of the head make about ``wanted`` logits of the row exceed the clip."""
-    # The least of G group maxima has rank about G * (ln G + 0.6) in the head.
-    for groups in (32, 16, 8, 4):
-        rank = groups * (math.log(groups) + 0.6)
-        if rank * max(num_tokens / _HEAD, 1.0) <= wanted:
-            return groups
-    return 2
+def _clip_rank(num_tokens: int, wanted: int) -> int:
+    """Which of the head's group maxima about ``wanted`` logits of the row exceed.
+
+    The jth largest of G group maxima has a rank of about -G log(1 - j / G) among the head's logits.
+    """
+    rank = wanted * min(_HEAD / num_tokens, 1.0)
+    return min(max(round(_GROUPS * -math.expm1(-rank / _GROUPS)), 2), _GROUPS - 1)
 
 
 def _programs(device: torch.device, num_rows: int, per_processor: int) -> int:
@@ -111,8 +111,11 @@ def capture_triton(
     position_ids_R: torch.Tensor,
     careful: bool = False,
     num_warps: int = 4,
-    per_processor: int = 4,
-    num_stages: int = 3,
+    parts: int = 2,
+    registers: int | None = None,
+    finish_warps: int = 4,
+    finish_registers: int | None = None,
+    per_processor: int = 8,
 ) -> Capture:
     """See ``capture``; estimator "sampled" or "topk", logits of at most 32 bits.
 
@@ -150,18 +153,42 @@ def capture_triton(
     sources = (logits_RV, logits_RV.stride(0), labels_R, position_ids_R)
     vector = 16 // logits_RV.element_size()
     num_lanes = 32 * num_warps
+    interpreted = device.type != "cuda"
     if swept:
         block = num_lanes * _SEGMENT
         num_segments = triton.cdiv(num_tokens, block) * num_lanes
+        all_tail_RT = tail_RT if grid == TEMPERATURES else new(num_rows, len(TEMPERATURES))
+        sums = new(num_rows, SUMS.value)
+        # A maximum is one of the logits: their own type holds it exactly.
+        segment_max = new(num_rows, num_segments, dtype=logits_RV.dtype)
+        score = new(num_rows, num_segments, dtype=torch.bfloat16) if sampled else None
+        inverse_s = 1 / sample_temperature if sampled else 1.0
+        capture_sweep[(num_rows,)](
+            *(logits_RV, logits_RV.stride(0), position_ids_R, sums, segment_max, score),
+            num_tokens,
+            num_segments,
+            start,
+            SAMPLED=sampled,
+            INVERSE_S=inverse_s,
+            TURNS=_SEGMENT // vector // parts,
+            PARTS=parts,
+            LANES=num_lanes,
+            VECTOR=vector,
+            HEAD=_HEAD,
+            GROUPS=_GROUPS,
+            CLIP_RANK=_clip_rank(num_tokens, 100 if sampled else 20 + kept * 3 // 2),
+            PACKED=not interpreted and torch.cuda.get_device_capability(device) >= (9, 0),
+            num_warps=num_warps,
+            enable_fp_fusion=True,
+            **({} if registers is None else {"maxnreg": registers}),
+        )
         programs = _programs(device, num_rows, per_processor)
         candidates = (programs, _CANDIDATE_CAP)
-        all_tail_RT = tail_RT if grid == TEMPERATURES else new(num_rows, len(TEMPERATURES))
-        capture_sweep[(programs,)](
+        capture_finish[(programs,)](
             *sources,
             *(ids_RK, logp_RK, inclusion_RK, all_tail_RT),
             *(entropy_R, top1_logp_R, gold_logp_R, count_R),
-            new(programs, num_segments),
-            new(programs, num_segments) if sampled else None,
+            *(sums, segment_max, score),
             new(programs, _SEGMENT_CAP, dtype=torch.int32),
             new(*candidates),
             new(*candidates, dtype=torch.int32),
@@ -179,22 +206,20 @@ def capture_triton(
             HAS_LABELS=labels_R is not None,
             K=kept,
             WIDTH=width,
-            INVERSE_S=1 / sample_temperature if sampled else 1.0,
-            BLOCK=block,
+            INVERSE_S=inverse_s,
+            TURNS=_SEGMENT // vector,
             LANES=num_lanes,
             VECTOR=vector,
-            HEAD=_HEAD,
-            GROUPS=_groups(num_tokens, 100 if sampled else 2 * kept),
             CHUNK=1024,
             SEGMENT_CAP=_SEGMENT_CAP,
             CANDIDATE_CAP=_CANDIDATE_CAP,
-            STAGES=num_stages,
-            num_warps=num_warps,
+            num_warps=finish_warps,
             enable_fp_fusion=True,
+            **({} if finish_registers is None else {"maxnreg": finish_registers}),
         )
         if all_tail_RT is not tail_RT:
             tail_RT.copy_(all_tail_RT[:, columns])
-    programs = _programs(device, num_rows, 4)
+    programs = _programs(device, num_rows, 2)
     capture_careful[(programs,)](
         *sources,
         temperature_T,
@@ -213,8 +238,8 @@ def capture_triton(
         K=kept,
         WIDTH=width,
         T_WIDTH=triton.next_power_of_2(max(len(grid), 1)),
-        BLOCK=1024,
-        num_warps=4,
+        BLOCK=1024 if interpreted else 4096,
+        num_warps=8,
         enable_fp_fusion=True,
     )
     return result
