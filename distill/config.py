@@ -57,9 +57,9 @@ class DistillConfig(TrainingArguments):
 
     logging_steps: float = field(default=1, metadata={"help": "log every N steps"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "must stay off"})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "must stay off"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay off"})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "see transformers"})
-    bf16: bool | None = field(
+    bf16: bool = field(  # type: ignore[assignment]
         default=None, metadata={"help": "bf16 autocast; None: where it works"}
     )
 
@@ -83,7 +83,7 @@ class DistillConfig(TrainingArguments):
     def n_gpu(self) -> int:
         """One GPU a process: nn.DataParallel would bypass the loss; several GPUs are torchrun's
         job."""
-        return min(super().n_gpu, 1)
+        return min(int(super().n_gpu), 1)
 
     def spec(self, **changes: Any) -> DistillSpec:
         """The DistillSpec of these settings."""

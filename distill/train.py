@@ -276,13 +276,14 @@ def _save_student(trainer: DistillTrainer, source: Path, out: Path) -> None:
     from transformers import AutoConfig
 
     model = trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer: Any = trainer.processing_class
     dtype = getattr(AutoConfig.from_pretrained(source, local_files_only=True), "dtype", None)
     # Training is over: the model may change its dtype, and what save_pretrained records is the
     # model's.
     if isinstance(dtype, torch.dtype):
         model.to(dtype)
-    trainer.processing_class.save_pretrained(out / RAW_FOLDER)
+    tokenizer.save_pretrained(out / RAW_FOLDER)
     model.save_pretrained(out / RAW_FOLDER)
     with trainer.averaged_weights():
         model.save_pretrained(out)
-    trainer.processing_class.save_pretrained(out)
+    tokenizer.save_pretrained(out)

@@ -103,6 +103,7 @@ class DistillTrainer(Trainer):
     a step would be taken with a loss or gradient that is not finite.
     """
 
+    args: DistillConfig
     model_accepts_loss_kwargs: bool
     loss_is_scaled_for_ga = (
         True  # the sum is divided by the valid positions of the whole global batch
@@ -121,14 +122,12 @@ class DistillTrainer(Trainer):
             raise UsageError(
                 "processing_class: the student's tokenizer is needed to check the store"
             )
-        self.reader = store if isinstance(store, StoreReader) else open_store(store)
-        self.eval_reader = None
-        if eval_store is not None:
-            same = isinstance(eval_store, StoreReader)
-            self.eval_reader = eval_store if same else open_store(eval_store)
+        self.reader = _opened(store)
+        self.eval_reader = None if eval_store is None else _opened(eval_store)
         core = _core_model(model)
-        for reader in filter(None, (self.reader, self.eval_reader)):
-            check_fit(reader, core, processing_class, args)
+        for reader in (self.reader, self.eval_reader):
+            if reader is not None:
+                check_fit(reader, core, processing_class, args)
         check_model(core, Path(getattr(core.config, "_name_or_path", "") or "student"))
         self.spec = args.spec()
         self._core = core
@@ -310,6 +309,10 @@ class _Hooks(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.average is not None:
             self.trainer.average.update()
+
+
+def _opened(store: StoreReader | str | Path) -> StoreReader:
+    return open_store(store) if isinstance(store, (str, Path)) else store
 
 
 def _core_model(model: Any) -> Any:
