@@ -36,7 +36,7 @@ class RowConfig(NamedTuple):
     resident: int
     block: int
     warps: int
-    per_multiprocessor: int
+    per_multiprocessor: float
     stages: int = 1
     registers: int | None = None  # at most, a thread
 
@@ -57,8 +57,12 @@ def choose_config(vocab_size: int, element_size: int) -> RowConfig:
     if INTERPRETED:
         return RowConfig(2, 64, 4, 1)
     if element_size > 2:
-        return RowConfig(2, 4096, 8, 2, registers=128)
-    return RowConfig(4, 8192, 8, 2, registers=128)
+        return RowConfig(1, 4096, 8, 2, stages=3, registers=128)
+    if vocab_size <= 65536:
+        return RowConfig(1, 2048, 4, 5, stages=5, registers=96)
+    if vocab_size <= 200000:
+        return RowConfig(1, 8192, 8, 2, stages=3, registers=128)
+    return RowConfig(1, 16384, 16, 1, stages=4, registers=128)
 
 
 def taboo_list(
@@ -142,7 +146,8 @@ def teacher_arguments(row: Row) -> list[Any]:
 
 
 def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    # With 32, one warp's worth, the whole kernel was a fifth slower (H200, 2026-11).
+    return max(16 if INTERPRETED else 64, triton.next_power_of_2(width))
 
 
 def gate_constants(row: Row) -> dict[str, Any]:
@@ -215,7 +220,7 @@ def num_programs(num_rows: int, device: torch.device, config: RowConfig) -> int:
     if device.type != "cuda":
         return min(num_rows, 3)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(num_rows, processors * config.per_multiprocessor)
+    return min(num_rows, int(processors * config.per_multiprocessor))
 
 
 def new_diagnostics(num_rows: int, device: torch.device) -> list[torch.Tensor]:

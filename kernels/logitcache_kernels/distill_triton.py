@@ -224,36 +224,31 @@ def distill_kernel(
             shift = m * unit
             acc_T = tl.zeros([BLOCK // 8], tl.float32)
             acc_1 = tl.zeros([BLOCK // 8], tl.float32)
-            if STAGES == 0:
-                ahead = tl.load(
-                    row + at, mask=at < V, other=minus_inf, eviction_policy="evict_last"
-                )
-                for b in range(streamed):
-                    raw = ahead.to(tl.float32)
-                    at_next = (b + 1) * BLOCK + at
-                    ahead = tl.load(
-                        row + at_next, mask=at_next < V, other=minus_inf,
-                        eviction_policy="evict_last",
-                    )  # fmt: skip
-                    e_T, e_1 = powers(logit(raw, cap, SOFTCAP), shift, unit, inv_T, MODE)
-                    acc_T += by_eight(e_T, BLOCK)
-                    if MODE != 0:
-                        acc_1 += by_eight(e_1, BLOCK)
-                held0 = ahead
-            else:
-                for b in tl.range(0, streamed, num_stages=STAGES):
-                    raw = tl.load(row + b * BLOCK + at, eviction_policy="evict_last").to(tl.float32)
-                    e_T, e_1 = powers(logit(raw, cap, SOFTCAP), shift, unit, inv_T, MODE)
-                    acc_T += by_eight(e_T, BLOCK)
-                    if MODE != 0:
-                        acc_1 += by_eight(e_1, BLOCK)
-                held0 = tl.load(row + at0, mask=at0 < V, other=minus_inf)
+            for b in tl.range(0, streamed, num_stages=STAGES):
+                raw = tl.load(row + b * BLOCK + at, eviction_policy="evict_last").to(tl.float32)
+                e_T, e_1 = powers(logit(raw, cap, SOFTCAP), shift, unit, inv_T, MODE)
+                acc_T += by_eight(e_T, BLOCK)
+                if MODE != 0:
+                    acc_1 += by_eight(e_1, BLOCK)
+            held0 = tl.load(
+                row + at0, mask=at0 < V, other=minus_inf,
+                eviction_policy="evict_first",
+            )  # fmt: skip
             if NRES > 1:
-                held1 = tl.load(row + at0 + BLOCK, mask=at0 + BLOCK < V, other=minus_inf)
+                held1 = tl.load(
+                    row + at0 + BLOCK, mask=at0 + BLOCK < V, other=minus_inf,
+                    eviction_policy="evict_first",
+                )  # fmt: skip
             if NRES > 2:
-                held2 = tl.load(row + at0 + 2 * BLOCK, mask=at0 + 2 * BLOCK < V, other=minus_inf)
+                held2 = tl.load(
+                    row + at0 + 2 * BLOCK, mask=at0 + 2 * BLOCK < V, other=minus_inf,
+                    eviction_policy="evict_first",
+                )  # fmt: skip
             if NRES > 3:
-                held3 = tl.load(row + at0 + 3 * BLOCK, mask=at0 + 3 * BLOCK < V, other=minus_inf)
+                held3 = tl.load(
+                    row + at0 + 3 * BLOCK, mask=at0 + 3 * BLOCK < V, other=minus_inf,
+                    eviction_policy="evict_first",
+                )  # fmt: skip
             e_T, e_1 = powers(logit(held0.to(tl.float32), cap, SOFTCAP), shift, unit, inv_T, MODE)
             acc_T += by_eight(e_T, BLOCK)
             if MODE != 0:
@@ -517,11 +512,6 @@ def distill_kernel(
                 a = dense * per_T
                 c = scale_c * per_1
                 tl.debug_barrier()
-                if STAGES == 0:
-                    at_next = (streamed - 1) * BLOCK + at
-                    ahead = tl.load(
-                        row + at_next, mask=at_next >= 0, other=0.0, eviction_policy="evict_first"
-                    )
                 g = dense_gradient(
                     again(held0, OPAQUE).to(tl.float32),
                     shift,
@@ -561,25 +551,12 @@ def distill_kernel(
                         row + at0 + 3 * BLOCK, g.to(row.dtype.element_ty),
                         mask=at0 + 3 * BLOCK < V, cache_modifier=".cs",
                     )  # fmt: skip
-                if STAGES == 0:
-                    for b in range(streamed):
-                        # Backwards: what was read last is what L2 still has.
-                        here = row + (streamed - 1 - b) * BLOCK + at
-                        raw = ahead.to(tl.float32)
-                        at_next = (streamed - 2 - b) * BLOCK + at
-                        ahead = tl.load(
-                            row + at_next, mask=at_next >= 0, other=0.0,
-                            eviction_policy="evict_first",
-                        )  # fmt: skip
-                        g = dense_gradient(raw, shift, unit, inv_T, cap, a, c, MODE, SOFTCAP)
-                        tl.store(here, g.to(row.dtype.element_ty), cache_modifier=".cs")
-                else:
-                    for b in tl.range(0, streamed, num_stages=STAGES):
-                        # Backwards: what was read last is what L2 still has.
-                        here = row + (streamed - 1 - b) * BLOCK + at
-                        raw = tl.load(here, eviction_policy="evict_first").to(tl.float32)
-                        g = dense_gradient(raw, shift, unit, inv_T, cap, a, c, MODE, SOFTCAP)
-                        tl.store(here, g.to(row.dtype.element_ty), cache_modifier=".cs")
+                for b in tl.range(0, streamed, num_stages=STAGES):
+                    # Backwards: what was read last is what L2 still has.
+                    here = row + (streamed - 1 - b) * BLOCK + at
+                    raw = tl.load(here, eviction_policy="evict_first").to(tl.float32)
+                    g = dense_gradient(raw, shift, unit, inv_T, cap, a, c, MODE, SOFTCAP)
+                    tl.store(here, g.to(row.dtype.element_ty), cache_modifier=".cs")
                 tl.debug_barrier()
                 behind_gold = -scale_c * others * per_1  # scale_c (q' - 1), without cancellation
                 g1 += tl.where(in1, behind_gold, scale_c * n1 * per_1)

@@ -164,10 +164,23 @@ def linear_distill_loss(
         raise ValueError(f"chunk: expected a positive number of positions, found {chunk}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a positive number or None, found {softcap}")
-    choose_impl(impl, hidden_RD)
+    logits_dtype = hidden_RD.dtype if logits_dtype is None else logits_dtype
+    sample = (
+        hidden_RD
+        if hidden_RD.dtype == torch.float64
+        else hidden_RD.new_empty(0, dtype=logits_dtype)
+    )
+    if choose_impl(impl, sample) == "triton":
+        from .distill_fused import prepare
+        from .linear_fused import Head, linear_distill_loss_fused
+
+        row = prepare(teachers, labels_R, gold_R, taboo_ids, taboo_RK, num_items, spec)
+        narrow = logits_dtype if logits_dtype.itemsize == 2 else hidden_RD.dtype
+        head = Head(softcap, scale, logits_dtype, narrow)
+        with torch.autocast(hidden_RD.device.type, enabled=False):
+            return linear_distill_loss_fused(hidden_RD, weight_VD, bias_V, row, head, chunk)
 
     # The gate needs the teachers alone: decide first which positions go through the products.
-    logits_dtype = hidden_RD.dtype if logits_dtype is None else logits_dtype
     wide = torch.float64 if logits_dtype == torch.float64 else torch.float32
     elements = _CHUNK_ELEMENTS["cpu" if hidden_RD.device.type == "cpu" else "other"]
     step = chunk or max(elements // vocab_size, 16)

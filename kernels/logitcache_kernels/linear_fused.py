@@ -1,0 +1,220 @@
+"""``linear_distill_loss`` around the row kernel: gate first, then chunks of positions.
+
+Per chunk of n positions that carry a loss (h: n x D, W: V x D, dtype of the products bf16):
+
+    z = h W'                  cuBLAS   2 n V D operations   2 n V bytes written
+    g = dloss/dz, in place    Triton   ``distill_triton``   2 n V read, 2 n V written
+    dh = g W                  cuBLAS   2 n V D              2 n V read
+    dW += g' h, in float32    cuBLAS   2 n V D              2 n V read, 8 V D for the sum
+
+The floor is the three products, 6 R V D operations; every chunk after the first adds 8 V D bytes
+for the float32 sum, so chunks are as large as the memory asked for allows. One chunk needs no
+float32 sum: dW comes straight out of its product, which accumulates in float32 inside.
+
+Positions without loss (ignored, SKIP) are left out of the products. Their number must be known on
+the host to size the products: the one place where the host waits for the GPU, for the gate alone.
+Inside a CUDA graph nothing is left out and nothing waits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .distill_fused import (
+    IN_PLACE,
+    Row,
+    gate_constants,
+    launch,
+    new_diagnostics,
+    scale_in_place,
+    teacher_arguments,
+)
+from .gate_triton import gate_kernel
+from .types import SKIP, DistillOutput
+
+# Of a chunk's logits. 4096 rows of 151936 bf16 logits are 1.16 GiB, and on an H200 the products
+# lose little by that split; at most this share of what is free.
+_CHUNK_BYTES = 5 * 2**28
+_SHARE_OF_FREE = 0.25
+_ROW_MULTIPLE = 128  # tiles of the matrix units
+
+
+class Head(NamedTuple):
+    """How hidden states become logits."""
+
+    softcap: float | None
+    scale: float
+    logits_dtype: torch.dtype  # of the chunk
+    product_dtype: torch.dtype  # of the operands of all three products
+
+
+def choose_chunk(num_rows: int, vocab_size: int, element_size: int, device: torch.device) -> int:
+    """Positions per chunk: few equal chunks that fit the memory set aside for their logits."""
+    room = _CHUNK_BYTES
+    if device.type == "cuda":
+        room = min(room, int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_FREE))
+    most = max(room // (vocab_size * element_size), _ROW_MULTIPLE)
+    chunks = triton.cdiv(max(num_rows, 1), most)
+    return triton.cdiv(triton.cdiv(max(num_rows, 1), chunks), _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
+def gate(row: Row, vocab_size: int) -> list[torch.Tensor]:
+    """Strategy, JS and weight of each position, before there are any logits."""
+    num_rows, device, spec = len(row.labels_R), row.labels_R.device, row.spec
+    result = [torch.empty(num_rows, dtype=torch.int8, device=device)]
+    result += [torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2)]
+    if num_rows == 0:
+        return result
+    arguments = teacher_arguments(row)
+    del arguments[11], arguments[3]  # log-partitions
+    num_taboo = 0 if row.taboo_RK is None else row.taboo_RK.shape[1]
+    gate_kernel[(num_rows,)](
+        *arguments,
+        row.labels_R, row.gold_R, row.taboo_RK, 0 if row.taboo_RK is None else row.taboo_RK.stride(0),
+        *result,
+        row.teachers[0].ids_RK.shape[1], row.teachers[-1].ids_RK.shape[1], num_taboo, vocab_size,
+        math.log(max(vocab_size, 2)), spec.js_threshold, spec.confidence_threshold, spec.gold_weight,
+        **gate_constants(row),
+        HAS_TABOO=num_taboo > 0,
+        num_warps=4,
+    )  # fmt: skip
+    return result
+
+
+def _kept(strategy_R: torch.Tensor) -> torch.Tensor | None:
+    """Positions that carry a loss, in order; None for all of them."""
+    if strategy_R.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    (kept,) = (strategy_R != SKIP).nonzero(as_tuple=True)  # waits for the gate
+    return None if len(kept) == len(strategy_R) else kept.to(torch.int32)
+
+
+def _product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int, alpha: float) -> None:
+    """out <- beta out + alpha a b, accumulated and written in out's dtype."""
+    if a.dtype == out.dtype:
+        if beta == 0 and alpha == 1.0:
+            torch.mm(a, b, out=out)
+        else:
+            torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    elif out.is_cuda:
+        if beta == 0 and alpha == 1.0:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    else:  # the CPU knows no mixed products
+        sums = alpha * (a.to(out.dtype) @ b.to(out.dtype))
+        out.copy_(sums + out if beta else sums)
+
+
+def _logits(
+    out: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    head: Head,
+) -> None:
+    if bias is not None and hidden.dtype == out.dtype:
+        bias = bias.to(out.dtype)
+        torch.addmm(bias, hidden, weight.T, beta=head.scale, alpha=head.scale, out=out)
+        return
+    _product(out, hidden, weight.T, 0, head.scale)
+    if bias is not None:
+        out += head.scale * bias.to(out.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_RD, weight_VD, bias_V, row, head, chunk, index_R):  # type: ignore[no-untyped-def]
+        ctx.factor = per_item = row.per_item
+        ctx.late = head.product_dtype == torch.float16  # whose range 1 / num_items would leave
+        if ctx.late:
+            row = row._replace(per_item=torch.ones_like(per_item))
+        wants = [ctx.needs_input_grad[i] for i in range(3)]
+        num_rows = len(hidden_RD) if index_R is None else len(index_R)
+        vocab_size, device = weight_VD.shape[0], hidden_RD.device
+        weight = weight_VD.detach().to(head.product_dtype)
+        single = num_rows <= chunk
+        diagnostics = [x.zero_() for x in new_diagnostics(len(hidden_RD), device)]
+        grad_hidden = torch.zeros_like(hidden_RD) if wants[0] else None
+        grad_weight = grad_bias = None
+        if wants[1]:
+            # One product fills it; several are summed in float32.
+            sums = weight_VD.dtype if single else torch.float32
+            fill = torch.zeros_like if num_rows == 0 else torch.empty_like
+            grad_weight = fill(weight_VD, dtype=sums, memory_format=torch.contiguous_format)
+        if wants[2]:
+            grad_bias = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        width = triton.cdiv(vocab_size, 64) * 64  # rows begin at aligned addresses
+        buffer = torch.empty(min(chunk, num_rows), width, dtype=head.logits_dtype, device=device)
+        for start in range(0, num_rows, chunk):
+            if index_R is None:
+                rows = torch.arange(
+                    start, min(start + chunk, num_rows), dtype=torch.int32, device=device
+                )
+                hidden = hidden_RD.detach()[start : start + chunk].to(head.product_dtype)
+            else:
+                rows = index_R[start : start + chunk]
+                hidden = hidden_RD.detach().index_select(0, rows).to(head.product_dtype)
+            logits = buffer[: len(rows), :vocab_size]
+            _logits(logits, hidden, weight, bias_V, head)
+            launch(logits, logits, row, diagnostics, IN_PLACE, index_R=rows, softcap=head.softcap)
+            if not any(wants):
+                continue
+            gradient = logits.to(head.product_dtype)
+            if wants[0]:
+                if index_R is None and hidden_RD.dtype == head.product_dtype:
+                    _product(grad_hidden[start : start + chunk], gradient, weight, 0, head.scale)
+                else:
+                    part = hidden.new_empty(hidden.shape)
+                    _product(part, gradient, weight, 0, head.scale)
+                    grad_hidden.index_copy_(0, rows.long(), part.to(grad_hidden.dtype))
+            if wants[1]:
+                _product(grad_weight, gradient.T, hidden, int(start > 0), head.scale)
+            if wants[2]:
+                grad_bias += head.scale * gradient.sum(0, dtype=torch.float32)
+        del buffer
+        if wants[1]:
+            grad_weight = grad_weight.to(weight_VD.dtype)
+        if wants[2]:
+            grad_bias = grad_bias.to(bias_V.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.mark_non_differentiable(*diagnostics[3:5])
+        return (diagnostics[0].sum() * per_item, *diagnostics[3:5])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_unused):  # type: ignore[no-untyped-def]
+        gradients = ctx.saved_tensors
+        if ctx.late:
+            grad_loss = grad_loss * ctx.factor
+        for gradient in gradients:
+            if gradient is not None:
+                scale_in_place(gradient if gradient.ndim == 2 else gradient[None], grad_loss)
+        return (*gradients, None, None, None, None)
+
+
+def linear_distill_loss_fused(
+    hidden_RD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    row: Row,
+    head: Head,
+    chunk: int | None,
+) -> DistillOutput:
+    """See ``linear_distill_loss``; hidden states in float32, bfloat16 or float16."""
+    vocab_size = weight_VD.shape[0]
+    strategy_R, js_R, weight_R = gate(row, vocab_size)
+    index_R = _kept(strategy_R)
+    num_rows = len(hidden_RD) if index_R is None else len(index_R)
+    if chunk is None:
+        size = head.logits_dtype.itemsize
+        chunk = choose_chunk(num_rows, vocab_size, size, hidden_RD.device)
+    if not torch.is_grad_enabled():
+        hidden_RD, weight_VD = hidden_RD.detach(), weight_VD.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
+    loss, kd_R, ce_R = _Linear.apply(hidden_RD, weight_VD, bias_V, row, head, chunk, index_R)
+    return DistillOutput(loss, strategy_R, js_R, kd_R, ce_R, weight_R)
