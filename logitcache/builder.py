@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .codec import frequency_rank
 from .config import BuildConfig, build_config
-from .documents import input_files, read_documents
+from .documents import Document, input_files, read_documents
 from .errors import InputError, Interrupted, ResourceError, StoreError, UsageError
 from .files import file_sha256, lock, to_json, write_atomic
 from .packing import Rows, pack
@@ -65,22 +66,21 @@ def build(
     """Build a store, or go on with one that was interrupted; a finished one is left as it is.
 
     Settings are those of BuildConfig, as one object or as keywords. fresh: delete a store that is
-    there before. stop: asked after every shard; when it says yes, Interrupted is raised with all
-    shards safe.
+    there before. stop: asked after every batch; when it says yes, Interrupted is raised with all
+    finished shards safe.
 
     Raises UsageError, InputError, StoreError, LockedError, ResourceError, NonFiniteError.
     """
     config = config or build_config(settings)
-    planned = plan(config)
-    index, count = config.worker
-    if fresh and is_store(config.out):
-        _delete(config.out)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    _check_free(config.out)
-    config.out.mkdir(exist_ok=True)
+    check_out(config, fresh)
+    planned = plan(config, stop)
+    config.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    with lock(config.out / f"build-{index}-of-{count}.lock"):
-        store = _open_or_create(config.out, planned)
+    with _locked(config):
+        if fresh and is_store(config.out):
+            _delete(config.out)
+        with lock(config.out / "create.lock", wait=True):  # workers that start at once
+            store = _open_or_create(config.out, planned)
         for part, shards in _work(store, planned, config).items():
             if part == "rows":
                 for shard in shards:
@@ -92,21 +92,70 @@ def build(
 
             run = TeacherRun(planned.folders[part], part, store, planned.rows, config, report)
             for done, shard in enumerate(shards):
-                if stop():
+                if not run.shard(shard, stop):
                     raise Interrupted(
                         f"{config.out}: stopped; {part}: {done} of {len(shards)} "
                         "shards written this time",
                         "run the same command again to continue",
                     )
-                run.shard(shard)
             run.close()
         _write_record(config, time.monotonic() - started)
     return load_store(config.out)
 
 
-def plan(config: BuildConfig) -> Plan:
+def check_out(config: BuildConfig, fresh: bool) -> None:
+    """Refuse an output folder that cannot be used, before anything slow is done."""
+    path = config.out
+    if fresh and config.shard is not None:
+        raise UsageError(
+            "--fresh and --shard: one worker would delete what the others have written",
+            f"delete {path}, then start every worker without --fresh",
+        )
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UsageError(f"{there}: expected a folder, found a file", "give --out a new folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ResourceError(f"{there}: no permission to write there", "give --out another folder")
+    free = shutil.disk_usage(there).free
+    if free < 1 << 20:
+        raise ResourceError(f"disk full: {free} bytes free at {there}", "free some space")
+    if there == path and not is_store(path):
+        # A build that was killed while it created the store left some of these names, and no
+        # manifest.
+        others = {p.name for p in path.iterdir() if p.suffix not in (".lock", ".tmp")}
+        others -= {"commits", "tokenizer.json", "rows", "id_of_rank", *TEACHERS}
+        if others:
+            raise UsageError(
+                f"{path}: expected an empty folder or a store, found other files "
+                f"({min(others)}, ...)",
+                "give --out a new folder",
+            )
+
+
+@contextlib.contextmanager
+def _locked(config: BuildConfig) -> Iterator[None]:
+    """Hold the store for this process, or this worker's share of it."""
+    index, count = config.worker
+    with lock(config.out / "build.lock", shared=config.shard is not None):
+        if config.shard is None:
+            yield
+        else:
+            with lock(config.out / f"build-{index}-of-{count}.lock"):
+                yield
+
+
+def _until(documents: Iterable[Document], stop: Callable[[], bool]) -> Iterator[Document]:
+    for document in documents:
+        if stop():
+            raise Interrupted(
+                "stopped while reading the data; nothing was written", "run the same command again"
+            )
+        yield document
+
+
+def plan(config: BuildConfig, stop: Callable[[], bool] = lambda: False) -> Plan:
     """Read, tokenise and pack the data and identify the teachers, without loading a model."""
-    from .causal_lm import choose_device, choose_dtype, model_identity
+    from .causal_lm import check_fits, choose_device, choose_dtype, model_identity
     from .tokenise import (
         Encoder,
         content_sha256,
@@ -131,10 +180,12 @@ def plan(config: BuildConfig) -> Plan:
                 "both teachers must share one tokenizer, token for token",
             )
     vocab_size = max(vocabulary(content)) + 1
+    for name, folder in folders.items():
+        check_fits(folder, name, vocab_size, config.seq_len)
 
     files = input_files(config.data)
     encoder = Encoder(tokenizer)
-    rows = pack(encoder.encode(read_documents(config.data)), config.seq_len)
+    rows = pack(encoder.encode(_until(read_documents(config.data), stop)), config.seq_len)
     if len(rows.tokens) == 0:
         raise InputError(
             f"{', '.join(map(str, config.data))}: nothing to train on: of "
@@ -196,26 +247,18 @@ def estimate_bytes(planned: Plan, config: BuildConfig) -> int:
 
 
 def _open_or_create(path: Path, planned: Plan) -> Store:
-    others = [p.name for p in path.iterdir() if p.suffix != ".lock"]
     if not is_store(path):
-        # A build that was killed while it created the store left some of these names, and no
-        # manifest.
-        if set(others) - {"commits", "tokenizer.json", "rows", "id_of_rank", ".tokenizer.json.tmp"}:
-            raise UsageError(
-                f"{path}: expected an empty folder or a store, found other files "
-                f"({sorted(others)[0]}, ...)",
-                "give --out a new folder",
-            )
         id_of_rank, _ = frequency_rank(planned.rows.tokens, planned.manifest["vocab_size"])
         store = create_store(path, planned.manifest, planned.tokenizer, id_of_rank)
     else:
         store = load_store(path)
         _refuse_other(path, "", store.manifest, planned.manifest)
-        for name in store.teachers:
-            if name in planned.teachers:
+        for name in set(store.teachers) & set(planned.teachers):
+            if any(store.commit(name, shard) for shard in range(len(store.ranges))):
                 _refuse_other(path, f"{name}: ", store.teachers[name], planned.teachers[name])
     for name in TEACHERS:
-        if name in planned.teachers and name not in store.teachers:
+        # Also one that failed to load and has changed since: nothing of it is in the store.
+        if name in planned.teachers and store.teachers.get(name) != planned.teachers[name]:
             store = create_teacher(store, name, planned.teachers[name])
     return store
 
@@ -223,6 +266,7 @@ def _open_or_create(path: Path, planned: Plan) -> Store:
 def _refuse_other(
     path: Path, where: str, found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
+    found, wanted = _flat(found), _flat(wanted)
     changed = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
     if changed:
         lines = [
@@ -234,6 +278,17 @@ def _refuse_other(
             f"{path}: holds another build:\n" + "\n".join(lines),
             "give --out another folder, or --fresh to delete this store and build anew",
         )
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with the keys of a nested dict as key.key, so that a difference can be named."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": found for inner, found in value.items()})
+        else:
+            flat[key] = value
+    return flat
 
 
 def _brief(value: Any) -> str:
@@ -249,14 +304,6 @@ def _work(store: Store, planned: Plan, config: BuildConfig) -> dict[str, list[in
         part: [shard for shard in store.missing(part) if shard % count == index]
         for part in ("rows", *planned.teachers)
     }
-
-
-def _check_free(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path}: expected a folder, found a file", "give --out a new folder")
-    free = shutil.disk_usage(path.parent).free
-    if free < 1 << 20:
-        raise ResourceError(f"disk full: {free} bytes free at {path.parent}", "free some space")
 
 
 def _delete(path: Path) -> None:

@@ -53,8 +53,12 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"device: expected auto, cpu or cuda[:N], found {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device: expected auto, cpu or cuda[:N], found {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device: {name} asked for, and torch {torch.__version__} sees no GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device: {name} asked for, found {torch.cuda.device_count()} GPUs")
     return device
 
 
@@ -78,6 +82,30 @@ def check_model_folder(folder: Path) -> None:
         )
 
 
+def check_fits(folder: Path, name: str, vocab_size: int, seq_len: int) -> None:
+    """Refuse a model that, by its configuration, lacks outputs or cannot read rows this long."""
+    from transformers import AutoConfig
+
+    try:
+        loaded = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a bad folder
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoreError(f"{folder}: its config.json cannot be used: {first}") from error
+    config = loaded.get_text_config()
+    width = getattr(config, "vocab_size", None)
+    if width is not None and width < vocab_size:
+        raise StoreError(
+            f"{folder}: {name} has {width} output rows, its tokenizer {vocab_size} tokens",
+            "resize its embeddings, or use the tokenizer that belongs to it",
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and longest < seq_len:
+        raise UsageError(
+            f"{folder}: {name} reads at most {longest} tokens, --seq-len is {seq_len}",
+            f"use --seq-len {longest} or less",
+        )
+
+
 def load_causal_lm(folder: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
     """Load a model for inference from a local folder; pickled weights and remote code are never
     run."""
@@ -95,7 +123,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str, device: torch.device)
     except Exception as error:  # transformers and safetensors raise many kinds for a bad folder
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(f"{folder}: the model cannot be loaded: {first}") from error
-    return model.to(device).eval()
+    return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def model_identity(folder: Path) -> dict[str, Any]:

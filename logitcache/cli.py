@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .command import Options, common_options, run_group, stop_on_signal
+from .command import ManyFiles, Options, common_options, run_group, stop_on_signal
+
+if TYPE_CHECKING:
+    from .config import BuildConfig
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -22,10 +26,12 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(cls=ManyFiles)
 @click.option("--teacher1", type=Path, help="Model folder of the current generation.")
 @click.option("--teacher2", type=Path, help="Model folder of the generation before it.")
-@click.option("--data", type=Path, multiple=True, help="JSONL, Parquet, text; may be given again.")
+@click.option(
+    "--data", type=Path, multiple=True, help="JSONL, Parquet, text, datasets folders; one or more."
+)
 @click.option("--out", type=Path, help="Folder of the store.")
 @click.option("--config", type=Path, help="YAML or JSON file of settings.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
@@ -60,15 +66,23 @@ def build(
     from .config import build_config, read_settings
 
     settings = build_config(read_settings(config, assignments, flags))
+    with stop_on_signal() as stop:
+        _build(options, settings, dry_run, fresh, stop)
+
+
+def _build(
+    options: Options, settings: BuildConfig, dry_run: bool, fresh: bool, stop: Callable[[], bool]
+) -> None:
     from .builder import build as run_build
-    from .builder import estimate_bytes, plan
+    from .builder import check_out, estimate_bytes, plan
     from .info import describe_store, render_info
     from .progress import BuildProgress
     from .store import is_store, load_store
 
     _quiet_libraries()
     if dry_run:
-        planned = plan(settings)
+        check_out(settings, fresh)
+        planned = plan(settings, stop)
         document = {
             **{k: planned.manifest[k] for k in ("rows", "seq_len", "tokens", "valid_tokens")},
             "teachers": sorted(planned.folders),
@@ -86,7 +100,7 @@ def build(
         left = max(before.values())
         if left:
             options.note(f"resuming {settings.out}: up to {left} of {total} shards to do")
-    with stop_on_signal() as stop, BuildProgress(options.quiet) as progress:
+    with BuildProgress(options.quiet) as progress:
         store = run_build(settings, fresh=fresh, report=progress, stop=stop)
     document = describe_store(settings.out)
     document["tokens_per_second"] = {name: round(r, 1) for name, r in progress.rates.items()}
@@ -96,7 +110,7 @@ def build(
     )
     if nothing_done:
         options.note(f"{settings.out}: already complete; nothing was changed")
-    text = render_info(document)
+    text = render_info(document, settings.shard)
     if document["complete"]:
         text += f"\nnext: distill train --store {settings.out} "
         text += f"--student {settings.teacher1} --out child"

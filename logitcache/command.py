@@ -55,7 +55,7 @@ class Options:
 
 
 class ManyFiles(click.Command):
-    """A command that reads ``--data A B`` (what a shell makes of ``--data *.jsonl``) as ``--data A --data B``."""
+    """A command that reads ``--data A B``, as a shell makes of ``--data *.jsonl``, as two."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         spread: list[str] = []

@@ -105,7 +105,9 @@ def _from_jsonl(path: Path) -> Iterator[Document]:
             try:
                 record = json.loads(text)
             except RecursionError:
-                raise InputError(f"{where}: JSON nested too deeply", "simplify the record") from None
+                raise InputError(
+                    f"{where}: JSON nested too deeply", "simplify the record"
+                ) from None
             except ValueError as error:  # also a number of more than 4300 digits
                 what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
                 raise InputError(

@@ -47,10 +47,10 @@ def file_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def lock(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Hold a lock on a file ending in .lock; LockedError if another process has it, unless wait is given.
+    """Hold a lock on a file ending in .lock; LockedError if another process has it, or wait.
 
-    Shared locks go together and exclude an exclusive one. The kernel drops the lock when its process ends,
-    so a killed builder leaves nothing to clean up.
+    Shared locks go together and exclude an exclusive one. The kernel drops the lock when its
+    process ends, so a killed builder leaves nothing to clean up.
     """
     kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     with open(path, "a+", encoding="utf-8") as file:

@@ -60,8 +60,8 @@ def _ratio(total: float, count: int) -> float | None:
     return round(total / count, 4) if count else None
 
 
-def render_info(info: dict[str, Any]) -> str:
-    """The summary as a person reads it."""
+def render_info(info: dict[str, Any], shard: str | None = None) -> str:
+    """The summary as a person reads it. shard: the share I/N that a worker has just built."""
     lines = [
         f"store       {info['store']}  (format {info['format']}, "
         f"{'complete' if info['complete'] else 'INCOMPLETE'})",
@@ -84,6 +84,8 @@ def render_info(info: dict[str, Any]) -> str:
             + (f"; {teacher['shards_missing']} shards missing" if teacher["shards_missing"] else "")
             + (f"; {teacher['skipped']} positions skipped" if teacher["skipped"] else "")
         )
-    if not info["complete"]:
+    if not info["complete"] and shard is not None:
+        lines.append(f"next: share {shard} is done; build the other shares")
+    elif not info["complete"]:
         lines.append("next: run the same build command again to finish it")
     return "\n".join(lines)

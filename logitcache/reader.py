@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .codec import Entries, decode, unpack_entropy, unpack_logp, unpack_partition
-from .errors import LogitCacheError, StoreError
+from .errors import StoreError
 from .packing import Rows
-from .store import ROW_ARRAYS, STATISTICS, Store, load_store, load_tokenizer_content
+from .store import (
+    ROW_ARRAYS,
+    STATISTICS,
+    TEACHERS,
+    Store,
+    load_store,
+    load_tokenizer_content,
+    read_id_of_rank,
+)
 
 if TYPE_CHECKING:
     from logitcache_kernels import SparseTeacher
@@ -87,6 +95,7 @@ class StoreReader:
         self.store = store
         self.manifest = store.manifest
         self.temperatures = tuple(float(t) for t in self.manifest["temperatures"])
+        self._committed: dict[str, tuple[Path, int] | None] = {}  # file and size, by folder
 
     def __len__(self) -> int:
         return int(self.manifest["rows"])
@@ -96,9 +105,7 @@ class StoreReader:
         batch = self.read_rows(index)
         labels = batch.labels()
         teachers = tuple(self._support(name, index) for name in self.store.teachers)
-        for (
-            teacher
-        ) in teachers:  # nothing stored for a labelled position: the teacher was skipped there
+        for teacher in teachers:  # nothing stored at a label: the teacher was skipped there
             labels[(teacher.ids_PK < 0).all(1).reshape(labels.shape)] = -100
         return TeacherBatch(batch, batch.positions(), labels, batch.gold_labels(), teachers)
 
@@ -126,25 +133,47 @@ class StoreReader:
 
     @cached_property
     def _id_of_rank(self) -> np.ndarray:
-        return np.asarray(self._group["id_of_rank"][:])
+        return read_id_of_rank(self.store)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"store": self.store, "manifest": self.manifest, "temperatures": self.temperatures}
+        state = {"store": self.store, "manifest": self.manifest, "temperatures": self.temperatures}
+        return {**state, "_committed": {}}
 
     def _read(self, name: str, index: np.ndarray) -> np.ndarray:
         """Read rows of an array one chunk at a time: integer-array indexing in zarr is 20 times
         slower."""
+        part = name.partition("/")[0]
+        rows = []
+        row = int(index[0]) if len(index) else 0
         try:
             array = self._group[name]
-            return np.stack([array[int(row)] for row in index])
-        except LogitCacheError:
-            raise
+            for row in map(int, index):
+                self._check_file(part, f"{name}/c/{row // self.manifest['shard_rows']}/")
+                rows.append(array[row])
         except (ValueError, KeyError, RuntimeError, OSError) as error:
+            record = self.store.commit_path(part, row // self.manifest["shard_rows"])
             raise StoreError(
-                f"{self.store.path / name}: rows {index.min()}..{index.max()} cannot "
-                f"be read: {error}",
-                "delete the damaged shard's commit record in commits/ and run the same build again",
+                f"{self.store.path / name}: row {row} cannot be read: {error}",
+                f"delete {record} and run the same build command again",
             ) from None
+        return np.stack(rows)
+
+    def _check_file(self, part: str, folder: str) -> None:
+        """Raise if a committed shard file was lost or cut: zarr reads both as zeros."""
+        if folder not in self._committed:
+            record = self.store.commit(part, int(folder.rstrip("/").rpartition("/")[2])) or {}
+            found = [
+                (self.store.path / name, file["bytes"])
+                for name, file in record.get("files", {}).items()
+                if name.startswith(folder)
+            ]
+            self._committed[folder] = found[0] if found else None
+        committed = self._committed[folder]
+        if committed is not None and committed[0].stat().st_size != committed[1]:
+            raise OSError(
+                f"expected {committed[1]} bytes, found {committed[0].stat().st_size} in "
+                f"{committed[0]}"
+            )
 
     def _support(self, name: str, index: np.ndarray) -> TeacherSupport:
         attributes = self.store.teachers[name]
@@ -234,6 +263,12 @@ def open_store(path: str | Path) -> StoreReader:
     store = load_store(Path(path))
     if not store.teachers:
         raise StoreError(f"{path}: no teacher in it yet", "run its build command again")
+    for name in TEACHERS:
+        if name not in store.teachers and store.commit_path(name, 0).is_file():
+            raise StoreError(
+                f"{path / name / 'zarr.json'}: gone or damaged, and {name} was in the store",
+                "run its build command again",
+            )
     for part in ("rows", *store.teachers):
         missing = store.missing(part)
         if missing:

@@ -21,10 +21,11 @@ facts: -0.6 % bytes).
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -41,6 +42,11 @@ TEACHERS = ("teacher1", "teacher2")
 STATISTICS = ("entropy", "top1_logp", "gold_logp")  # after the tail log-partition's grid
 ROW_ARRAYS = {"tokens": "uint32", "segments": "uint32", "loss_mask": "bool", "gold_mask": "bool"}
 _ATTRIBUTE = "logitcache"
+_MANIFEST_KEYS = (
+    *("rows", "seq_len", "shard_rows", "documents", "tokens", "valid_tokens"),
+    *("vocab_size", "temperatures", "tokenizer_sha256", "data_sha256"),
+)
+SUMMARY = ("positions", "entries", "certain_mass", "skipped")  # of a teacher's commit record
 _MAX_JSON_BYTES = 16 << 20
 
 
@@ -66,16 +72,25 @@ class Store:
     def ranges(self) -> list[tuple[int, int]]:
         return shard_ranges(self.manifest["rows"], self.manifest["shard_rows"])
 
-    def group(self) -> zarr.Group:
-        return zarr.open_group(str(self.path), mode="r+", zarr_format=3, use_consolidated=False)
+    def group(self, mode: Literal["r", "r+"] = "r") -> Any:  # zarr: an item may be a group or an array
+        return zarr.open_group(str(self.path), mode=mode, zarr_format=3, use_consolidated=False)
 
     def commit_path(self, part: str, shard: int) -> Path:
         return self.path / "commits" / f"{part}-{shard:06d}.json"
 
     def commit(self, part: str, shard: int) -> dict[str, Any] | None:
-        """The commit record of a shard of "rows" or of a teacher; None if it is not there."""
+        """The commit record of a shard of "rows" or of a teacher; None if there is no whole one."""
         path = self.commit_path(part, shard)
-        return _read_json(path) if path.is_file() else None
+        try:
+            record = _read_json(path) if path.is_file() else None
+            if record is not None:
+                numbers = [file["bytes"] for file in record["files"].values()]
+                numbers += [record[key] for key in (SUMMARY if part != "rows" else ())]
+                if record["shard"] == shard and numbers and sum(numbers) >= 0:
+                    return dict(record)
+        except (StoreError, TypeError, KeyError, AttributeError):
+            pass  # damaged: the shard will be written again
+        return None
 
     def missing(self, part: str) -> list[int]:
         """Shards that are not committed, or whose committed files are gone or of another size."""
@@ -83,10 +98,19 @@ class Store:
 
     def _is_whole(self, part: str, shard: int) -> bool:
         record = self.commit(part, shard)
-        return record is not None and all(
-            (self.path / name).is_file() and (self.path / name).stat().st_size == file["bytes"]
+        return record is not None and not self.damaged_files(record)
+
+    def damaged_files(self, record: Mapping[str, Any]) -> list[str]:
+        """Files of a commit record that are gone or of another size, as paths within the store.
+
+        Zarr itself would read either as zeros.
+        """
+        return [
+            name
             for name, file in record["files"].items()
-        )
+            if not (self.path / name).is_file()
+            or (self.path / name).stat().st_size != file["bytes"]
+        ]
 
 
 def _read_json(path: Path) -> Any:
@@ -100,8 +124,15 @@ def _read_json(path: Path) -> Any:
 
 def is_store(path: Path) -> bool:
     """Whether a folder holds a store (of any version)."""
-    metadata = path / "zarr.json"
-    return metadata.is_file() and _ATTRIBUTE in (_read_json(metadata).get("attributes") or {})
+    return (path / "zarr.json").is_file() and _attribute(path) is not None
+
+
+def _attribute(path: Path) -> dict[str, Any] | None:
+    """What our attribute of a Zarr group says; None if it has none."""
+    metadata = _read_json(path / "zarr.json")
+    attributes = metadata.get("attributes") if isinstance(metadata, dict) else None
+    found = attributes.get(_ATTRIBUTE) if isinstance(attributes, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def load_store(path: Path) -> Store:
@@ -114,18 +145,44 @@ def load_store(path: Path) -> Store:
             f"{'folder' if path.is_dir() else 'file'} without a manifest",
             "give the folder that logitcache build --out wrote",
         )
-    manifest = _read_json(path / "zarr.json")["attributes"][_ATTRIBUTE]
+    manifest = _attribute(path) or {}
     if manifest.get("format") != FORMAT:
         raise StoreError(
             f"{path}: format: expected {FORMAT}, found {manifest.get('format')}",
             "use the version of logitcache that wrote it, or build it again",
         )
+    absent = [key for key in _MANIFEST_KEYS if key not in manifest]
+    if absent:
+        raise StoreError(
+            f"{path / 'zarr.json'}: damaged manifest: expected {absent[0]}, found none",
+            "build the store again with --fresh",
+        )
+    # A build killed while it created a teacher left a group without our attribute.
     teachers = {
-        name: _read_json(path / name / "zarr.json")["attributes"][_ATTRIBUTE]
+        name: attributes
         for name in TEACHERS
         if (path / name / "zarr.json").is_file()
+        and (attributes := _attribute(path / name)) is not None
     }
     return Store(path, manifest, teachers)
+
+
+def read_id_of_rank(store: Store) -> np.ndarray:
+    """The frequency order of the token ids, uint32 [V]. StoreError if it is none."""
+    try:
+        id_of_rank = np.asarray(store.group()["id_of_rank"][:])
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        raise StoreError(
+            f"{store.path / 'id_of_rank'}: cannot be read: {error}",
+            "build the store again with --fresh",
+        ) from None
+    # Zarr reads a chunk that is gone as zeros.
+    if not np.array_equal(np.sort(id_of_rank), np.arange(store.manifest["vocab_size"])):
+        raise StoreError(
+            f"{store.path / 'id_of_rank'}: expected each token id once, found others",
+            "build the store again with --fresh",
+        )
+    return id_of_rank
 
 
 def load_tokenizer_content(path: Path) -> dict[str, Any]:
@@ -156,7 +213,8 @@ def create_store(
     """Create an empty store with its row arrays. The root's metadata is written last: it makes it a
     store."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "commits").mkdir(exist_ok=True)
+    shutil.rmtree(path / "commits", ignore_errors=True)  # of a store that was deleted half-way
+    (path / "commits").mkdir()
     write_atomic(path / "tokenizer.json", to_json(tokenizer))
     rows = zarr.create_group(str(path / "rows"), zarr_format=3, overwrite=True)
     shape = (manifest["rows"], manifest["seq_len"])
@@ -202,7 +260,8 @@ def create_teacher(store: Store, name: str, attributes: Mapping[str, Any]) -> St
 def write_rows(store: Store, rows: Rows, shard: int) -> None:
     """Write and commit one shard of rows; rows is the whole corpus."""
     start, stop = store.ranges[shard]
-    group = store.group()["rows"]
+    group = store.group("r+")["rows"]
+    _clear(store, "rows", shard, ROW_ARRAYS)
     for name in ROW_ARRAYS:
         group[name][start:stop] = getattr(rows, name)[start:stop]
     _commit(store, "rows", shard, ROW_ARRAYS, {})
@@ -219,12 +278,14 @@ def write_teacher(
     """Write and commit one shard of a teacher. statistics: uint16 [rows, T + 3, L]."""
     start, stop = store.ranges[shard]
     num_rows, seq_len = stop - start, store.manifest["seq_len"]
-    group = store.group()[name]
+    group = store.group("r+")[name]
+    planes = num_gap_planes(store.manifest["vocab_size"])
+    names = ["count", "statistics", "level", *(f"gap_{plane}" for plane in range(planes))]
+    _clear(store, name, shard, names)
     count = np.stack([entries.counts.T for entries in entries_per_row])
     assert count.shape == (num_rows, 2, seq_len)
     group["count"][start:stop] = count
     group["statistics"][start:stop] = statistics
-    planes = num_gap_planes(store.manifest["vocab_size"])
     width = group["level"].shape[1]
     for plane in range(planes):
         block = np.zeros((num_rows, width), np.uint8)
@@ -235,8 +296,16 @@ def write_teacher(
     for row, entries in enumerate(entries_per_row):
         levels[row, : len(entries.levels)] = entries.levels
     group["level"][start:stop] = levels
-    names = ["count", "statistics", "level", *(f"gap_{plane}" for plane in range(planes))]
     _commit(store, name, shard, names, summary)
+
+
+def _clear(store: Store, part: str, shard: int, arrays: Iterable[str]) -> None:
+    """Remove what a killed writer left of a shard: a damaged file, or a temporary one of zarr's."""
+    store.commit_path(part, shard).unlink(missing_ok=True)
+    for name in arrays:
+        folder = store.path / part / name / "c" / str(shard)
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 def _commit(

@@ -23,7 +23,7 @@ from .codec import Entries, encode, pack_entropy, pack_logp, pack_partition
 from .config import BuildConfig
 from .errors import NonFiniteError, StoreError, UsageError
 from .packing import Rows
-from .store import STATISTICS, Store, write_teacher
+from .store import STATISTICS, Store, read_id_of_rank, write_teacher
 
 # Logits of one chunk: capture on a CPU is three times faster when its temporaries fit the cache.
 _CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
@@ -60,23 +60,15 @@ class TeacherRun:
                 f"{folder}: {name} has {width} output rows, its tokenizer {vocab_size} tokens",
                 "resize its embeddings, or use the tokenizer that belongs to it",
             )
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and longest < config.seq_len:
-            raise UsageError(
-                f"{folder}: {name} reads at most {longest} tokens, --seq-len is {config.seq_len}",
-                f"use --seq-len {longest} or less",
-            )
         check_model(self.model, folder)
         self.rank_of_id = np.empty(vocab_size, np.uint32)
-        id_of_rank = np.asarray(store.group()["id_of_rank"][:])
-        self.rank_of_id[id_of_rank] = np.arange(vocab_size, dtype=np.uint32)
+        self.rank_of_id[read_id_of_rank(store)] = np.arange(vocab_size, dtype=np.uint32)
         self.labels, self.positions = rows.labels(), rows.positions()
         self.lengths = rows.lengths()
         self.tokens_total = int(self.lengths.sum())
-        self.tokens_done = sum(
-            int(self.lengths[slice(*span)].sum())
-            for shard, span in enumerate(store.ranges)
-            if shard not in store.missing(name)
+        missing = [store.ranges[shard] for shard in store.missing(name)]
+        self.tokens_done = self.tokens_total - sum(
+            int(self.lengths[start:stop].sum()) for start, stop in missing
         )
         self.bytes_written = 0
         self.report(self.name, self.tokens_done, self.tokens_total, 0, -1)
@@ -87,12 +79,14 @@ class TeacherRun:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def shard(self, shard: int) -> None:
-        """Run the teacher over one shard's rows and commit it."""
+    def shard(self, shard: int, stopped: Callable[[], bool]) -> bool:
+        """Run the teacher over one shard's rows and commit it; False if stopped before that."""
         start, stop = self.store.ranges[shard]
         parts: dict[int, tuple[Entries, np.ndarray]] = {}
         totals = {"positions": 0, "entries": 0, "certain_mass": 0.0, "skipped": 0}
         for batch in self._batches(start, stop):
+            if stopped():
+                return False
             for row, part in zip(batch, self._run(batch, totals, shard), strict=True):
                 parts[row] = part
             self.tokens_done += int(self.lengths[batch].sum())
@@ -111,6 +105,7 @@ class TeacherRun:
         assert record is not None
         self.bytes_written += sum(file["bytes"] for file in record["files"].values())
         self.report(self.name, self.tokens_done, self.tokens_total, self.bytes_written, shard)
+        return True
 
     def _batches(self, start: int, stop: int) -> list[list[int]]:
         """Rows of a shard in batches of like length, longest first; the same for every run."""

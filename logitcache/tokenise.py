@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from .documents import Document
 from .errors import InputError, StoreError
 from .packing import EncodedDocument
 
+_FIRST_STAND_IN = 0xF0000
+_STAND_IN = re.compile("([\U000f0000-\U000ffffd])")
 _BATCH = 256  # documents tokenised at once; the tokenizer spreads a batch over the cores
 
 
@@ -24,7 +28,9 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers and tokenizers raise many kinds for a bad folder
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(f"{folder}: no tokenizer can be loaded from it: {first}") from None
@@ -115,6 +121,9 @@ class Encoder:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        # Longest first: a special token may begin another.
+        added = tokenizer.added_tokens_decoder.values()
+        self.specials = sorted((t.content for t in added if t.special), key=len, reverse=True)
         self.num_documents = self.num_empty = self.num_without_targets = 0
 
     def encode(self, documents: Iterable[Document]) -> Iterator[EncodedDocument]:
@@ -158,16 +167,44 @@ class Encoder:
                 f'{document.where}: "messages" need a chat template, and the tokenizer has none',
                 'use a teacher with a chat template, or a "text" column',
             )
-        text, spans = self._render(document)
-        encoding = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        tokens = np.asarray(encoding["input_ids"], dtype=np.int32)
-        offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        text, spans = self._render(self._hide_specials(document))
+        ids: list[int] = []
+        offsets_: list[tuple[int, int]] = []
+        at = 0
+        for piece in _STAND_IN.split(text):
+            if _STAND_IN.fullmatch(piece):
+                said = self.specials[ord(piece) - _FIRST_STAND_IN]
+                spelled = self.tokenizer(said, add_special_tokens=False, split_special_tokens=True)
+                ids += spelled["input_ids"]
+                offsets_ += [(at, at + 1)] * len(spelled["input_ids"])
+            elif piece:
+                encoding = self.tokenizer(
+                    piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+                )
+                ids += encoding["input_ids"]
+                offsets_ += [(at + start, at + stop) for start, stop in encoding["offset_mapping"]]
+            at += len(piece)
+        tokens = np.asarray(ids, dtype=np.int32)
+        offsets = np.asarray(offsets_, dtype=np.int64).reshape(-1, 2)
         loss_mask = np.zeros(len(tokens), dtype=bool)
         for start, stop in spans:
             loss_mask |= (offsets[:, 0] >= start) & (offsets[:, 1] <= stop)
         return tokens, loss_mask
+
+    def _hide_specials(self, document: Document) -> Document:
+        """Put a stand-in character for each special token that a message spells: it is text."""
+        messages = []
+        for message in document.messages or []:
+            content = message["content"]
+            if _STAND_IN.search(content):
+                raise InputError(
+                    f"{document.where}: private-use characters from U+F0000 on in a message",
+                    "remove or replace them",
+                )
+            for number, special in enumerate(self.specials):
+                content = content.replace(special, chr(_FIRST_STAND_IN + number))
+            messages.append({**message, "content": content})
+        return replace(document, messages=messages)
 
     def _render(self, document: Document) -> tuple[str, list[tuple[int, int]]]:
         """The whole chat as text, and the character spans that assistants say."""
