@@ -266,7 +266,7 @@ def open_store(path: str | Path) -> StoreReader:
     for name in TEACHERS:
         if name not in store.teachers and store.commit_path(name, 0).is_file():
             raise StoreError(
-                f"{path / name / 'zarr.json'}: gone or damaged, and {name} was in the store",
+                f"{store.path / name}/zarr.json: gone or damaged, and {name} was in the store",
                 "run its build command again",
             )
     for part in ("rows", *store.teachers):

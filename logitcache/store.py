@@ -72,7 +72,7 @@ class Store:
     def ranges(self) -> list[tuple[int, int]]:
         return shard_ranges(self.manifest["rows"], self.manifest["shard_rows"])
 
-    def group(self, mode: Literal["r", "r+"] = "r") -> Any:  # zarr: an item may be a group or an array
+    def group(self, mode: Literal["r", "r+"] = "r") -> Any:  # items are groups or arrays
         return zarr.open_group(str(self.path), mode=mode, zarr_format=3, use_consolidated=False)
 
     def commit_path(self, part: str, shard: int) -> Path:
