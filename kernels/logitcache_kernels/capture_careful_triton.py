@@ -165,10 +165,7 @@ def capture_careful(
                     chosen += tl.sum(put.to(tl.int32), 0)
                     tl.store(key_ptr + slot, sort_key((z - top) - log_1, ids), mask=put)
                     tl.store(chosen_ptr + slot, inclusion, mask=put)
-                    if SAMPLED:
-                        tail = live & (inclusion != 1.0)
-                    else:
-                        tail = live & ~put
+                    tail = live & (inclusion != 1.0) if SAMPLED else live & ~put
                     tail_top = tl.maximum(tail_top, tl.max(tl.where(tail, z, float("-inf")), 0))
                 tail_sum = tl.zeros([T_WIDTH], tl.float32)
                 shift = tl.where(tail_top == float("-inf"), 0.0, tail_top)

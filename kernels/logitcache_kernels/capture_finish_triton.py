@@ -1,7 +1,8 @@
 """What follows from the sweep of ``capture_triton``: the support and the statistics of each row.
 
 Small lists per row, hence long chains of short steps: many programs of a few warps hide each other's
-waits. A row that this cannot do exactly is left PENDING for ``capture_careful``.
+waits. A row that this cannot do exactly is left PENDING for ``capture_careful``. The candidates come in an
+order that may change from run to run: sums over them are taken in integers, which add up to the same.
 """
 
 from __future__ import annotations
@@ -30,24 +31,75 @@ from .capture_sweep_triton import SUMS
 
 # Below this share of the accumulated sum a tail would have lost too many digits to a subtraction.
 LEAST_SHARE = tl.constexpr(0.01)
+FINE, COARSE = tl.constexpr(2.0**44), tl.constexpr(2.0**30)  # units of the integer sums
 
 
 @triton.jit
-def _list_segments(
-    segment_ptr, score_ptr, list_ptr, num_segments, low, score_bound,
-    SAMPLED: tl.constexpr, CHUNK: tl.constexpr, CAP: tl.constexpr,
+def _total(x, UNIT: tl.constexpr):
+    """Sum fp32 numbers so that their order does not matter."""
+    return tl.sum((x * UNIT).to(tl.int64), 0).to(tl.float32) * (1.0 / UNIT)
+
+
+@triton.jit
+def _append(z_scratch, id_scratch, found, z, ids, hit, CAP: tl.constexpr):
+    slot = found + tl.cumsum(hit.to(tl.int32), 0) - 1
+    tl.store(z_scratch + slot, z, mask=hit & (slot < CAP))
+    tl.store(id_scratch + slot, ids, mask=hit & (slot < CAP))
+    return found + tl.sum(hit.to(tl.int32), 0)
+
+
+@triton.jit
+def _read_groups(
+    z_row, group_ptr, listed, low, num_tokens, z_scratch, id_scratch,
+    VECTOR: tl.constexpr, SIZE: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """List, in order, segments whose maximum is at least ``low`` (ordered), or score the bound."""
+    """Read listed groups again, SIZE logits at a time; collect those from ``low`` (ordered) on."""
+    found = 0
+    for base in range(0, listed * VECTOR, SIZE):
+        place = base + tl.arange(0, SIZE)
+        first = tl.load(group_ptr + place // VECTOR, mask=place < listed * VECTOR, other=num_tokens)
+        ids = first + place % VECTOR
+        live = ids < num_tokens
+        z = tl.load(z_row + ids, mask=live, other=0.0).to(tl.float32)
+        found = _append(z_scratch, id_scratch, found, z, ids, live & (ordered(z) >= low), CAP)
+    return found
+
+
+@triton.jit
+def _count_row(z_row, num_tokens, low, SIZE: tl.constexpr):
+    count = tl.zeros([SIZE], tl.int32)
+    for base in range(0, num_tokens, SIZE):
+        ids = base + tl.arange(0, SIZE)
+        z = tl.load(z_row + ids, mask=ids < num_tokens, other=0.0).to(tl.float32)
+        count += ((ids < num_tokens) & (ordered(z) >= low)).to(tl.int32)
+    return tl.sum(count, 0)
+
+
+@triton.jit
+def _read_row(
+    z_row, low, num_tokens, z_scratch, id_scratch, SIZE: tl.constexpr, CAP: tl.constexpr
+):  # fmt: skip
+    """Collect the row's logits from ``low`` on: a sweep, for rows whose clip point lay too high."""
+    found = 0
+    for base in range(0, num_tokens, SIZE):
+        ids = base + tl.arange(0, SIZE)
+        live = ids < num_tokens
+        z = tl.load(z_row + ids, mask=live, other=0.0).to(tl.float32)
+        found = _append(z_scratch, id_scratch, found, z, ids, live & (ordered(z) >= low), CAP)
+    return found
+
+
+@triton.jit
+def _list_scores(
+    score_ptr, list_ptr, num_segments, bound, CHUNK: tl.constexpr, CAP: tl.constexpr
+):  # fmt: skip
+    """List the segments that score at least the bound."""
     listed = 0
     for base in range(0, num_segments, CHUNK):
         segment = base + tl.arange(0, CHUNK)
         live = segment < num_segments
-        hit = live & (
-            ordered(tl.load(segment_ptr + segment, mask=live, other=LOWEST).to(tl.float32)) >= low
-        )
-        if SAMPLED:
-            score = tl.load(score_ptr + segment, mask=live, other=LOWEST).to(tl.float32)
-            hit = hit | (live & (score >= score_bound))
+        score = tl.load(score_ptr + segment, mask=live, other=LOWEST).to(tl.float32)
+        hit = live & (score >= bound)
         slot = listed + tl.cumsum(hit.to(tl.int32), 0) - 1
         tl.store(list_ptr + slot, segment, mask=hit & (slot < CAP))
         listed += tl.sum(hit.to(tl.int32), 0)
@@ -55,22 +107,10 @@ def _list_segments(
 
 
 @triton.jit
-def _count_segments(segment_ptr, num_segments, low, CHUNK: tl.constexpr):
-    count = tl.zeros([CHUNK], tl.int32)
-    for base in range(0, num_segments, CHUNK):
-        segment = base + tl.arange(0, CHUNK)
-        value = tl.load(segment_ptr + segment, mask=segment < num_segments, other=LOWEST).to(
-            tl.float32
-        )
-        count += ((ordered(value) >= low) & (segment < num_segments)).to(tl.int32)
-    return tl.sum(count, 0)
-
-
-@triton.jit
 def _other_bound(
-    segment_ptr, num_segments, low, count, K: tl.constexpr, CAP: tl.constexpr, CHUNK: tl.constexpr
+    z_row, num_tokens, low, count, K: tl.constexpr, CAP: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
-    """Move the (ordered) bound until K to CAP segment maxima reach it; give it and their count."""
+    """Move the (ordered) bound until K to CAP logits of the row reach it; give it and their count."""
     nothing = tl.full((), -(2**31) + 1, tl.int32)
     floor = nothing
     high = low
@@ -85,9 +125,33 @@ def _other_bound(
         else:
             floor = low
             low = low + tl.maximum((high - low) // 2, 1)
-        count = _count_segments(segment_ptr, num_segments, low, CHUNK)
+        count = _count_row(z_row, num_tokens, low, SIZE)
         turn += 1
     return low, count
+
+
+@triton.jit
+def _kth(
+    z_scratch, found, low, top, K: tl.constexpr, CAP: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    """Give an ordered bound that the K largest reach, and no more but for ties with the Kth.
+
+    Bisects ordered bits; UNIT of them separate neighbours of the logits' own type.
+    """
+    item = tl.arange(0, CAP)
+    z = tl.load(z_scratch + item, mask=item < found, other=LOWEST)
+    order = tl.where(item < found, ordered(z), -(2**31))
+    high = ordered(top) + 1
+    count = found
+    while (high - low > UNIT) & (count != K):
+        middle = low + (high - low) // 2
+        above = tl.sum((order >= middle).to(tl.int32), 0)
+        if above >= K:
+            low = middle
+            count = above
+        else:
+            high = middle
+    return low
 
 
 @triton.jit
@@ -109,27 +173,21 @@ def _segment_logits(
     return ids, valid, tl.load(z_row + ids, mask=valid, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def _append(z_scratch, id_scratch, found, z, ids, hit, CAP: tl.constexpr):
-    slot = found + tl.cumsum(hit.to(tl.int32), 0) - 1
-    tl.store(z_scratch + slot, z, mask=hit & (slot < CAP))
-    tl.store(id_scratch + slot, ids, mask=hit & (slot < CAP))
-    return found + tl.sum(hit.to(tl.int32), 0)
-
-
 @triton.jit(do_not_specialize=["start", "num_rows"])
 def capture_finish(
     z_ptr, stride, label_ptr, position_ptr,
     ids_ptr, logp_ptr, inclusion_ptr, tail_ptr, entropy_ptr, top1_ptr, gold_ptr, count_ptr,
-    sums_ptr,
-    segment_ptr, score_ptr, list_ptr, candidate_ptr, candidate_id_ptr, key_ptr, chosen_ptr,
+    sums_ptr, group_ptr, listed_ptr, score_ptr,
+    list_ptr, candidate_ptr, candidate_id_ptr, key_ptr, chosen_ptr,
     num_rows, num_tokens, num_segments, min_prob, log_min_prob, threshold, log_threshold, start,
     SAMPLED: tl.constexpr, HAS_LABELS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
     INVERSE_S: tl.constexpr, TURNS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    CHUNK: tl.constexpr, SEGMENT_CAP: tl.constexpr, CANDIDATE_CAP: tl.constexpr,
+    UNIT: tl.constexpr, GROUP_CAP: tl.constexpr, SEGMENT_CAP: tl.constexpr,
+    CANDIDATE_CAP: tl.constexpr,
 ):  # fmt: skip
     """Finish every row, or leave its count PENDING. Scratch per program: the lists."""
-    SEGMENTS: tl.constexpr = 1024 // (TURNS * VECTOR)
+    SIZE: tl.constexpr = 1024
+    SEGMENTS: tl.constexpr = SIZE // (TURNS * VECTOR)
     ITEMS: tl.constexpr = 128
     program = tl.program_id(0)
     list_ptr += program * SEGMENT_CAP
@@ -142,10 +200,6 @@ def capture_finish(
         row = tl.full((), 0, tl.int64) + row32
         z_row = z_ptr + row * stride
         key0, key1 = row_keys(start, tl.load(position_ptr + row))
-        segments = segment_ptr + row * num_segments
-        scores = segments
-        if SAMPLED:
-            scores = score_ptr + row * num_segments
         sums = sums_ptr + row * SUMS
         a3 = tl.load(sums)
         a4 = tl.load(sums + 1)
@@ -156,63 +210,48 @@ def capture_finish(
         h = tl.load(sums + 6)
         top = tl.load(sums + 7)
         clip = tl.load(sums + 8)
+        listed = tl.load(listed_ptr + row)
         # A NaN anywhere makes a12 NaN, a minus infinity makes h NaN.
         sound = (tl.load(sums + 9) == 1.0) & (a12 == a12) & (h == h)
-        sound = sound & (tl.abs(top) < 1e5) & (top > clip)
+        sound = sound & (tl.abs(top) < 1e5) & (top > clip) & (listed <= GROUP_CAP)
 
-        # Candidates: everything above the clip; for top-k at least the K largest.
+        # Candidates: everything above the clip.
         low = ordered(clip) + 1
-        listed = _list_segments(
-            segments, scores, list_ptr, num_segments, low, 0.0, False, CHUNK, SEGMENT_CAP
-        )
-        if not SAMPLED:  # noqa: SIM102 (one is decided when compiling)
-            if (listed < K) | (listed > SEGMENT_CAP):
-                low, listed = _other_bound(
-                    segments, num_segments, low, listed, K, SEGMENT_CAP, CHUNK
-                )
-                sound = sound & (low <= ordered(clip) + 1) & (listed >= K)
-                tl.debug_barrier()
-                listed = _list_segments(
-                    segments, scores, list_ptr, num_segments, low, 0.0, False, CHUNK, SEGMENT_CAP
-                )
-        tl.debug_barrier()
-        sound = sound & (listed <= SEGMENT_CAP)
-        found = 0
-        for base in range(0, tl.where(sound, listed, 0), SEGMENTS):
-            ids, valid, z = _segment_logits(
-                z_row, list_ptr, base, listed, num_tokens, TURNS, LANES, VECTOR, SEGMENTS
-            )
-            hit = valid & (ordered(z) >= low)
-            found = _append(candidate_ptr, candidate_id_ptr, found, z, ids, hit, CANDIDATE_CAP)
+        found = _read_groups(
+            z_row, group_ptr + row * GROUP_CAP, tl.where(sound, listed, 0), low, num_tokens,
+            candidate_ptr, candidate_id_ptr, VECTOR, SIZE, CANDIDATE_CAP,
+        )  # fmt: skip
         tl.debug_barrier()
         sound = sound & (found <= CANDIDATE_CAP)
         found = tl.where(sound, found, 0)
 
         # The partition functions over all entries, and the entropy, scaled by the top.
-        e_sum = tl.zeros([ITEMS], tl.float32)
-        s_sum = tl.zeros([ITEMS], tl.float32)
-        x_sum = tl.zeros([ITEMS], tl.float32)
-        above = tl.zeros([ITEMS], tl.int32)
+        e_above = 0.0
+        s_above = 0.0
+        x_above = 0.0
         first = tl.full([ITEMS], 0x7FFFFFFF, tl.int32)
         for base in range(0, found, ITEMS):
             live = base + item < found
             z = tl.load(candidate_ptr + base + item, mask=live, other=LOWEST)
             ids = tl.load(candidate_id_ptr + base + item, mask=live, other=0)
             first = tl.minimum(first, tl.where(z == top, ids, 0x7FFFFFFF))
-            over = z > clip
-            e = tl.where(over, tl.exp(z - top), 0.0)
-            e_sum += e
-            x_sum += e * (z - top)
-            s_sum += tl.where(over, tl.exp((z - top) * INVERSE_S), 0.0)
-            above += over.to(tl.int32)
+            e = tl.where(live, tl.exp(z - top), 0.0)
+            e_above += _total(e, FINE)
+            x_above += _total(tl.where(live, e * (z - top), 0.0), FINE)
+            if SAMPLED:
+                s_above += _total(tl.where(live, tl.exp((z - top) * INVERSE_S), 0.0), FINE)
         first = tl.min(first, 0)
-        num_above = tl.sum(above, 0).to(tl.float32)
+        num_above = found.to(tl.float32)
         shift = tl.exp(clip - top)
         below = shift * (a12 - num_above)
-        e_total = tl.sum(e_sum, 0) + below
-        x_total = tl.sum(x_sum, 0) + below * (clip - top) + shift * h * (12 * LN2)
+        e_total = e_above + below
+        x_total = x_above + below * (clip - top) + shift * h * (12 * LN2)
         log_1 = tl.log(tl.where(sound, e_total, 1.0))
+        log_s = 0.0
         entropy = log_1 - x_total / tl.where(sound, e_total, 1.0)
+
+        # Candidates again: for top-k at least K, for the sampled support every certain entry and
+        # the drawn ones. Where the clip lay too high for that, the row is read once more.
         if SAMPLED:
             if INVERSE_S == 1.0:
                 a_s = a12
@@ -224,22 +263,26 @@ def capture_finish(
                 a_s = a4
             else:
                 a_s = a3
-            s_total = tl.sum(s_sum, 0) + tl.exp((clip - top) * INVERSE_S) * (a_s - num_above)
+            s_total = s_above + tl.exp((clip - top) * INVERSE_S) * (a_s - num_above)
             log_s = tl.log(tl.where(sound, s_total, 1.0))
-            # From which logit on an entry may be certain, or have p above p^S: rarely below clip.
             bound = log_1 + tl.minimum(log_min_prob, log_threshold)
-            bound = tl.minimum(bound, (log_s + log_threshold) / INVERSE_S)
-            if INVERSE_S < 1.0:
-                bound = tl.minimum(bound, (log_1 - log_s) / (1.0 - INVERSE_S))
-            bound = top + bound
-            bound = tl.where(bound > clip + 1e-2, -LOWEST, bound - 1e-2)
-            score_bound = (log_threshold + log_s + (top - clip) * INVERSE_S) * LOG2E - 16.0
+            bound = top + tl.minimum(bound, (log_s + log_threshold) / INVERSE_S) - 1e-2
+            if sound & (bound <= clip):
+                low = ordered(bound)
+                tl.debug_barrier()
+                found = _read_row(
+                    z_row, low, num_tokens, candidate_ptr, candidate_id_ptr, SIZE, CANDIDATE_CAP
+                )
+                sound = sound & (found <= CANDIDATE_CAP)
+                found = tl.where(sound, found, 0)
+            # Up to the clip, r(z) <= max(p, p^S)(clip) e^((z - clip) / S).
+            most = tl.maximum((clip - top) - log_1, (clip - top) * INVERSE_S - log_s)
+            score_bound = (log_threshold - most) * LOG2E - 16.0
             # A score is kept in bf16: rounded by at most 2^-9 of itself.
             score_bound = score_bound - 0.01 - tl.abs(score_bound) / 256
-            tl.debug_barrier()
-            listed = _list_segments(
-                segments, scores, list_ptr, num_segments, ordered(bound), score_bound,
-                True, CHUNK, SEGMENT_CAP,
+            listed = _list_scores(
+                score_ptr + row * num_segments, list_ptr, num_segments, score_bound,
+                SIZE, SEGMENT_CAP,
             )  # fmt: skip
             tl.debug_barrier()
             sound = sound & (listed <= SEGMENT_CAP)
@@ -248,15 +291,33 @@ def capture_finish(
                     z_row, list_ptr, base, listed, num_tokens, TURNS, LANES, VECTOR, SEGMENTS
                 )
                 inclusion = inclusion_of(z - top, log_1, log_s, INVERSE_S, min_prob, threshold)
-                hit = (inclusion == 1.0) | drawn(key0, key1, ids, inclusion)
-                hit = hit & valid & (z <= clip)
+                hit = drawn(key0, key1, ids, inclusion) & valid & (ordered(z) < low)
                 found = _append(candidate_ptr, candidate_id_ptr, found, z, ids, hit, CANDIDATE_CAP)
             tl.debug_barrier()
             sound = sound & (found <= CANDIDATE_CAP)
             found = tl.where(sound, found, 0)
+        else:
+            if sound & (found < K) & (tl.exp((clip - top) - log_1) >= min_prob):
+                low, _ = _other_bound(z_row, num_tokens, low, found, K, CANDIDATE_CAP, SIZE)
+                tl.debug_barrier()
+                found = _read_row(
+                    z_row, low, num_tokens, candidate_ptr, candidate_id_ptr, SIZE, CANDIDATE_CAP
+                )
+                tl.debug_barrier()
+                sound = sound & (found >= K) & (found <= CANDIDATE_CAP)
+                found = tl.where(sound, found, 0)
+            if found > K:
+                low = _kth(candidate_ptr, found, low, top, K, CANDIDATE_CAP, UNIT)
 
-        # Which candidates are kept.
-        kept = tl.zeros([ITEMS], tl.int32)
+        # Keys of the candidates that are kept. The tail changes by what the clipped sums lack,
+        # entries above the clip that are not certain, and by certain ones that are in them.
+        t3 = 0.0
+        t4 = 0.0
+        t6 = 0.0
+        t8 = 0.0
+        t12 = 0.0
+        t24 = 0.0
+        kept = 0
         for base in range(0, found, ITEMS):
             live = base + item < found
             z = tl.load(candidate_ptr + base + item, mask=live, other=LOWEST)
@@ -264,47 +325,56 @@ def capture_finish(
             if SAMPLED:
                 inclusion = inclusion_of(z - top, log_1, log_s, INVERSE_S, min_prob, threshold)
                 inclusion = tl.where(ids == first, 1.0, inclusion)
-                keep = (inclusion == 1.0) | drawn(key0, key1, ids, inclusion)
+                keep = live & ((inclusion == 1.0) | drawn(key0, key1, ids, inclusion))
+                certain = inclusion == 1.0
             else:
-                keep = (tl.exp((z - top) - log_1) >= min_prob) | (ids == first)
+                certain = (tl.exp((z - top) - log_1) >= min_prob) | (ids == first)
+                keep = live & certain & (ordered(z) >= low)
+                certain = keep
                 inclusion = tl.where(keep, 1.0, 0.0)
-            keep = keep & live
-            kept += keep.to(tl.int32)
-            key = tl.where(keep, sort_key((z - top) - log_1, ids), NO_KEY)
-            tl.store(key_ptr + base + item, key, mask=live)
-            tl.store(chosen_ptr + base + item, inclusion, mask=live)
-        kept = tl.sum(kept, 0)
+            slot = kept + tl.cumsum(keep.to(tl.int32), 0) - 1
+            tl.store(key_ptr + slot, sort_key((z - top) - log_1, ids), mask=keep)
+            tl.store(chosen_ptr + slot, inclusion, mask=keep)
+            kept += tl.sum(keep.to(tl.int32), 0)
+            over = z > clip
+            used = live & (over != certain)
+            sign = tl.where(used, tl.where(over, 1.0, -1.0), 0.0)
+            sound = sound & (tl.max(tl.where(used, z - clip, 0.0), 0) < 10.0)
+            u3, u4, u6, u8, u12, u24 = powers(tl.where(used, z - clip, 0.0) * (LOG2E / 12))
+            t3 += _total(sign * u3, COARSE)
+            t4 += _total(sign * u4, COARSE)
+            t6 += _total(sign * u6, COARSE)
+            t8 += _total(sign * u8, COARSE)
+            t12 += _total(sign * u12, COARSE)
+            t24 += _total(sign * u24, COARSE)
         tl.debug_barrier()
 
-        # Rank, write, and correct the tail: in by entries above the clip that are not certain, out
-        # by certain ones that are below it.
-        t3 = tl.zeros([ITEMS], tl.float32)
-        t4 = tl.zeros([ITEMS], tl.float32)
-        t6 = tl.zeros([ITEMS], tl.float32)
-        t8 = tl.zeros([ITEMS], tl.float32)
-        t12 = tl.zeros([ITEMS], tl.float32)
-        t24 = tl.zeros([ITEMS], tl.float32)
-        for base in range(0, found, ITEMS):
-            live = base + item < found
+        # Rank and write. Top-k: what ties with the Kth but has no room is tail.
+        for base in range(0, kept, ITEMS):
+            live = base + item < kept
             keys = tl.load(key_ptr + base + item, mask=live, other=NO_KEY)
             inclusion = tl.load(chosen_ptr + base + item, mask=live, other=0.0)
-            z = tl.load(candidate_ptr + base + item, mask=live, other=LOWEST)
-            rank = rank_of(key_ptr, keys, found, 32)
-            certain = inclusion == 1.0
-            if not SAMPLED:
-                certain = certain & (rank < K)
+            rank = rank_of(key_ptr, keys, kept, 32)
             store_ranked(ids_ptr, logp_ptr, inclusion_ptr, row, keys, rank, inclusion, K)
-            over = z > clip
-            sign = tl.where(over & ~certain, 1.0, tl.where(~over & certain, -1.0, 0.0))
-            used = live & (sign != 0.0)
-            u3, u4, u6, u8, u12, u24 = powers(tl.where(used, z - clip, 0.0) * (LOG2E / 12))
-            sign = tl.where(used, sign, 0.0)
-            t3 += sign * u3
-            t4 += sign * u4
-            t6 += sign * u6
-            t8 += sign * u8
-            t12 += sign * u12
-            t24 += sign * u24
+        if not SAMPLED:  # noqa: SIM102 (one is decided when compiling)
+            if kept > K:
+                # They equal the least candidate from the bound on.
+                least = float("inf")
+                for base in range(0, found, ITEMS):
+                    live = base + item < found
+                    z = tl.load(candidate_ptr + base + item, mask=live, other=float("inf"))
+                    least = tl.minimum(
+                        least, tl.min(tl.where(ordered(z) >= low, z, float("inf")), 0)
+                    )
+                ties = (kept - K).to(tl.float32)
+                u3, u4, u6, u8, u12, u24 = powers((least - clip) * (LOG2E / 12))
+                t3 += ties * u3
+                t4 += ties * u4
+                t6 += ties * u6
+                t8 += ties * u8
+                t12 += ties * u12
+                t24 += ties * u24
+                kept = K
         a3, t3, g3 = _tail(a3, num_above, t3, (clip - top) - log_1, 1 / 4)
         a4, t4, g4 = _tail(a4, num_above, t4, (clip - top) - log_1, 1 / 3)
         a6, t6, g6 = _tail(a6, num_above, t6, (clip - top) - log_1, 1 / 2)
@@ -322,8 +392,6 @@ def capture_finish(
         tl.store(top1_ptr + row, -log_1)
         store_gold(z_row, label_ptr, gold_ptr, row, num_tokens, top, log_1, HAS_LABELS)
         store_padding(ids_ptr, logp_ptr, inclusion_ptr, row, kept, K, WIDTH)
-        if not SAMPLED:
-            kept = tl.minimum(kept, K)
         tl.store(count_ptr + row, tl.where(sound, kept, PENDING))
         tl.debug_barrier()
 
@@ -331,6 +399,6 @@ def capture_finish(
 @triton.jit
 def _tail(total, num_above, correction, clip_logp, INVERSE_T: tl.constexpr):
     """Give whether the tail is well-conditioned, its sum, and G."""
-    tail = total - num_above + tl.sum(correction, 0)
+    tail = total - num_above + correction
     sound = (tail >= LEAST_SHARE * total) & (tail < -LOWEST)
     return sound, tail, clip_logp * INVERSE_T + tl.log(tl.where(sound, tail, 1.0))

@@ -1,7 +1,7 @@
 """The one pass over memory of ``capture_triton``, where the mathematics stand.
 
-One program per row: a clip point from the first logits, then sums of powers and segment maxima. All that
-a thread adds up stays in its registers until the row ends; nothing moves between threads in the loop.
+One program per row: a clip point from the first logits, then sums of powers and the few logits above
+it. All that a thread adds up stays in its registers until the row ends; nothing moves between threads in the loop.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def _score(
 
 @triton.jit
 def _tile(
-    z, first, clip, key0, a3, a4, a6, a8, a12, a24, h, largest, score, slope,
+    z, first, clip, key0, a3, a4, a6, a8, a12, a24, h, peak, score, slope, group_ptr, listed_ptr,
     SAMPLED: tl.constexpr, TURNS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, GROUP_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Add TURNS * VECTOR logits of each lane, from id ``first`` on, to its sums and its maximum."""
+    """Add TURNS * VECTOR logits of each lane, from id ``first`` on, to what it holds."""
     # NaN stays NaN in the clip, so that it shows in the sums.
     clipped = tl.minimum(z, clip, propagate_nan=tl.PropagateNan.ALL)
     y = tl.fma(clipped, LOG2E / 12, clip * (-LOG2E / 12))
@@ -76,23 +76,28 @@ def _tile(
     a24 += _per_lane(u24, TURNS, LANES, VECTOR)
     h += _per_lane(u12 * y, TURNS, LANES, VECTOR)
     group = tl.max(tl.reshape(z, [TURNS, LANES, VECTOR]), 2)
-    largest = tl.maximum(largest, tl.max(group, 0))
+    peak = tl.maximum(peak, tl.max(group, 0))
+    place = tl.arange(0, TURNS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    # Groups with a logit above the clip: some hundred a row, in an order that no result depends on.
+    over = group > clip
+    slot = tl.atomic_add(listed_ptr + place * 0, 1, mask=over, sem="relaxed")
+    tl.store(group_ptr + slot, first + place * VECTOR, mask=over & (slot < GROUP_CAP))
     if SAMPLED:
-        place = tl.arange(0, TURNS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         pair = first // 2 + place * (VECTOR // 2)
         score = tl.maximum(score, tl.max(_score(group, pair, key0, clip, slope, VECTOR, PACKED), 0))
-    return a3, a4, a6, a8, a12, a24, h, largest, score
+    return a3, a4, a6, a8, a12, a24, h, peak, score
 
 
 @triton.jit(do_not_specialize=["start"])
 def capture_sweep(
-    z_ptr, stride, position_ptr, sums_ptr, segment_ptr, score_ptr,
+    z_ptr, stride, position_ptr, sums_ptr, group_ptr, listed_ptr, score_ptr,
     num_tokens, num_segments, start,
     SAMPLED: tl.constexpr, INVERSE_S: tl.constexpr,
     TURNS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
     HEAD: tl.constexpr, GROUPS: tl.constexpr, CLIP_RANK: tl.constexpr, PACKED: tl.constexpr,
+    GROUP_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Write a row's sums, segment maxima and scores.
+    """Write a row's sums, its groups above the clip and its segments' scores.
 
     A segment is PARTS * TURNS pieces of VECTOR logits, LANES * VECTOR apart: what one lane reads.
     """
@@ -100,7 +105,10 @@ def capture_sweep(
     BLOCK: tl.constexpr = PARTS * PART
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * stride
-    segment_ptr += row * num_segments
+    group_ptr += row * GROUP_CAP
+    listed_ptr += row
+    tl.store(listed_ptr, 0)
+    tl.debug_barrier()
     lanes = tl.arange(0, LANES)
     key0, _ = row_keys(start, tl.load(position_ptr + row))
     # The clip point: the largest but CLIP_RANK - 1 of the head's GROUPS maxima.
@@ -122,33 +130,29 @@ def capture_sweep(
     offset = tl.arange(0, PART)
     whole = num_tokens // BLOCK
     for tile in range(whole):
-        largest = tl.full([LANES], LOWEST, tl.float32)
         score = tl.full([LANES], LOWEST, tl.float32)
         for part in range(PARTS):
             first = tile * BLOCK + part * PART
             z = tl.load(z_row + first + offset).to(tl.float32)
-            a3, a4, a6, a8, a12, a24, h, largest, score = _tile(
-                z, first, clip, key0, a3, a4, a6, a8, a12, a24, h, largest, score,
-                INVERSE_S * LOG2E, SAMPLED, TURNS, LANES, VECTOR, PACKED,
+            a3, a4, a6, a8, a12, a24, h, peak, score = _tile(
+                z, first, clip, key0, a3, a4, a6, a8, a12, a24, h, peak, score,
+                INVERSE_S * LOG2E, group_ptr, listed_ptr,
+                SAMPLED, TURNS, LANES, VECTOR, PACKED, GROUP_CAP,
             )  # fmt: skip
-        peak = tl.maximum(peak, largest)
-        tl.store(segment_ptr + tile * LANES + lanes, largest)
         if SAMPLED:
             tl.store(score_ptr + row * num_segments + tile * LANES + lanes, score)
     if whole * BLOCK < num_tokens:
-        largest = tl.full([LANES], LOWEST, tl.float32)
         score = tl.full([LANES], LOWEST, tl.float32)
         for part in range(PARTS):
             first = whole * BLOCK + part * PART
             live = first + offset < num_tokens
             z = tl.load(z_row + first + offset, mask=live, other=0.0).to(tl.float32)
-            a3, a4, a6, a8, a12, a24, h, largest, score = _tile(
+            a3, a4, a6, a8, a12, a24, h, peak, score = _tile(
                 tl.where(live, z, LOWEST), first, clip, key0,
-                a3, a4, a6, a8, a12, a24, h, largest, score,
-                INVERSE_S * LOG2E, SAMPLED, TURNS, LANES, VECTOR, PACKED,
+                a3, a4, a6, a8, a12, a24, h, peak, score,
+                INVERSE_S * LOG2E, group_ptr, listed_ptr,
+                SAMPLED, TURNS, LANES, VECTOR, PACKED, GROUP_CAP,
             )  # fmt: skip
-        peak = tl.maximum(peak, largest)
-        tl.store(segment_ptr + whole * LANES + lanes, largest)
         if SAMPLED:
             tl.store(score_ptr + row * num_segments + whole * LANES + lanes, score)
     sums_ptr += row * SUMS

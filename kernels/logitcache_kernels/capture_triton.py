@@ -51,7 +51,9 @@ from .uniform import PAIR_STEP
 _SWEEP_S = (1.0, 1.5, 2.0, 3.0, 4.0)  # sample temperatures whose sum the sweep has anyway
 _HEAD, _GROUPS = 8192, 32
 _SEGMENT = 32  # logits whose maximum is kept
-_SEGMENT_CAP, _CANDIDATE_CAP = 1024, 1024
+_SEGMENT_CAP, _CANDIDATE_CAP, _GROUP_CAP = 1024, 1024, 1024
+# Neighbours of a type are this far apart in the ordered bits of fp32.
+_UNITS = {torch.bfloat16: 2**16, torch.float16: 2**13, torch.float32: 1}
 _MASK = 0xFFFFFFFF
 
 
@@ -111,10 +113,10 @@ def capture_triton(
     position_ids_R: torch.Tensor,
     careful: bool = False,
     num_warps: int = 4,
-    parts: int = 2,
+    parts: int = 1,
     registers: int | None = None,
     finish_warps: int = 4,
-    finish_registers: int | None = None,
+    finish_registers: int | None = 64,
     per_processor: int = 8,
 ) -> Capture:
     """See ``capture``; estimator "sampled" or "topk", logits of at most 32 bits.
@@ -159,12 +161,12 @@ def capture_triton(
         num_segments = triton.cdiv(num_tokens, block) * num_lanes
         all_tail_RT = tail_RT if grid == TEMPERATURES else new(num_rows, len(TEMPERATURES))
         sums = new(num_rows, SUMS.value)
-        # A maximum is one of the logits: their own type holds it exactly.
-        segment_max = new(num_rows, num_segments, dtype=logits_RV.dtype)
+        groups = new(num_rows, _GROUP_CAP, dtype=torch.int32)
+        listed_R = new(num_rows, dtype=torch.int32)
         score = new(num_rows, num_segments, dtype=torch.bfloat16) if sampled else None
         inverse_s = 1 / sample_temperature if sampled else 1.0
         capture_sweep[(num_rows,)](
-            *(logits_RV, logits_RV.stride(0), position_ids_R, sums, segment_max, score),
+            *(logits_RV, logits_RV.stride(0), position_ids_R, sums, groups, listed_R, score),
             num_tokens,
             num_segments,
             start,
@@ -176,7 +178,8 @@ def capture_triton(
             VECTOR=vector,
             HEAD=_HEAD,
             GROUPS=_GROUPS,
-            CLIP_RANK=_clip_rank(num_tokens, 100 if sampled else 20 + kept * 3 // 2),
+            CLIP_RANK=_clip_rank(num_tokens, 200 if sampled else 40 + kept * 2),
+            GROUP_CAP=_GROUP_CAP,
             PACKED=not interpreted and torch.cuda.get_device_capability(device) >= (9, 0),
             num_warps=num_warps,
             enable_fp_fusion=True,
@@ -188,7 +191,7 @@ def capture_triton(
             *sources,
             *(ids_RK, logp_RK, inclusion_RK, all_tail_RT),
             *(entropy_R, top1_logp_R, gold_logp_R, count_R),
-            *(sums, segment_max, score),
+            *(sums, groups, listed_R, score),
             new(programs, _SEGMENT_CAP, dtype=torch.int32),
             new(*candidates),
             new(*candidates, dtype=torch.int32),
@@ -210,7 +213,8 @@ def capture_triton(
             TURNS=_SEGMENT // vector,
             LANES=num_lanes,
             VECTOR=vector,
-            CHUNK=1024,
+            UNIT=_UNITS[logits_RV.dtype],
+            GROUP_CAP=_GROUP_CAP,
             SEGMENT_CAP=_SEGMENT_CAP,
             CANDIDATE_CAP=_CANDIDATE_CAP,
             num_warps=finish_warps,
