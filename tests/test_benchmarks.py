@@ -1,0 +1,102 @@
+"""The benchmark frame, as far as it works without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.kernels", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_without_a_gpu_it_says_so_and_exits_6():
+    done = run("--suite", "capture")
+    assert done.returncode == 6
+    assert "no CUDA GPU" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.fixture
+def result(tmp_path):
+    record = {
+        "suite": "capture",
+        "name": "capture",
+        "shape": {"R": 8192, "V": 151936, "K": 64},
+        "options": {"mode": "topk", "text": "web"},
+        "timing": {"median": 1.0, "p20": 0.9, "p80": 1.25},
+        "floor": "read once",
+        "floor_ms": 0.5,
+        "over_floor": 2.0,
+        "peak_bytes": 2**20,
+        "error": {"entropy": 1e-6},
+        "peers": {"torch.topk 64": {"median": 9.0, "p20": 9.0, "p80": 9.0, "over_ours": 9.0}},
+    }
+    machine = {"gpu": "G", "date": "2026-11-22", "commit": "abc", "versions": {"torch": "2"}}
+    path = tmp_path / "result.json"
+    document = {"machine": machine, "copy_bandwidth": 4e12, "quick": True, "records": [record]}
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_the_table_is_made_from_the_json(result):
+    done = run("--table", str(result))
+    assert done.returncode == 0, done.stderr
+    row = done.stdout.splitlines()[-1]
+    for cell in (
+        "R=8192 V=151936 K=64",
+        "1.000 (0.900 to 1.250)",
+        "| 2.00 |",
+        "torch.topk 64 9.00",
+    ):
+        assert cell in row
+
+
+def test_the_plot_is_made_from_the_json(result):
+    pytest.importorskip("matplotlib")
+    picture = result.with_suffix(".png")
+    assert run("--table", str(result), "--plot", str(picture)).returncode == 0
+    assert picture.stat().st_size > 1000
+
+
+def test_a_record_gives_the_ratios_that_readers_look_for():
+    from benchmarks.common import Record, Timing, largest_error
+
+    record = Record(
+        suite="loss",
+        name="x",
+        shape={"V": 8},
+        options={},
+        timing=Timing(2.0, 1.0, 3.0),
+        floor="read once",
+        floor_ms=0.5,
+        peers={"other": Timing(3.0, 3.0, 3.0)},
+    ).as_json()
+    assert record["over_floor"] == 4.0
+    assert record["peers"]["other"]["over_ours"] == 1.5
+    assert json.loads(json.dumps(record)) == record
+    assert largest_error(torch.tensor([torch.nan]), torch.zeros(1)) == float("inf")
+
+
+def test_teacher_logits_have_the_shape_of_real_ones():
+    """Entropy of about 2.4 nats on web text, 1.0 on chat."""
+    from benchmarks.inputs import teacher_logits
+
+    entropy = {}
+    for text in ("web", "chat"):
+        logp_RV = teacher_logits(64, 20000, text, torch.float32, device="cpu").log_softmax(-1)
+        entropy[text] = -(logp_RV.exp() * logp_RV).sum(-1).mean().item()
+    assert 1.5 < entropy["web"] < 3.5
+    assert 0.5 < entropy["chat"] < 1.6
