@@ -37,7 +37,8 @@ def choose_impl(impl: str, tensor: torch.Tensor) -> str:
             'impl="triton": expected float32, bfloat16 or float16, '
             f'found {tensor.dtype}; use "auto" or "eager"'
         )
-    if not tensor.is_cuda and not _interpreted():
+    # torch.compile cannot trace the look at the interpreter; the kernel itself refuses a CPU then.
+    if not tensor.is_cuda and not torch.compiler.is_compiling() and not _interpreted():
         raise ValueError(
             f'impl="triton": expected a CUDA tensor, found one on {tensor.device}; use "auto" or '
             '"eager", or set TRITON_INTERPRET=1 to run the kernels in Triton\'s interpreter'

@@ -3,7 +3,8 @@
 The gradient is made in the forward pass, in the same launch as the loss, scaled by 1 / num_items.
 The backward pass multiplies it by the incoming scalar, which a kernel reads on the device: where it
 is 1, that kernel returns at once. That product is made in place, so a second backward pass through
-the same loss is refused (by the version counter), as is any use of logits overwritten by inplace=True.
+the same loss is refused (by the version counter), as is what saved logits that inplace=True
+overwrote.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class RowConfig(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What the kernel reads beside the logits; tensors on one device, rows of teachers contiguous."""
+    """What the kernel reads beside the logits; tensors on one device, teachers' rows contiguous."""
 
     teachers: tuple[SparseTeacher, ...]
     labels_R: torch.Tensor
@@ -330,14 +331,15 @@ def _(gradient, factor):  # type: ignore[no-untyped-def]
 
 class _Distill(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_RV, inplace, per_item, late, *flat):  # type: ignore[no-untyped-def]
+    def forward(ctx, logits_RV, inplace, late_factor, *flat):  # type: ignore[no-untyped-def]
         if inplace:
             diagnostics = distill_rows_in_place(logits_RV, *flat)
-            gradient_RV = logits_RV
+            gradient_RV = logits_RV.detach()  # a gradient, and no longer anything's result
         else:
             gradient_RV, *diagnostics = distill_rows(logits_RV, *flat)
+        ctx.late = late_factor is not None
+        per_item = late_factor if ctx.late else flat[4]
         ctx.save_for_backward(gradient_RV, per_item)
-        ctx.late = late
         ctx.mark_non_differentiable(*diagnostics[1:])
         return (diagnostics[0].sum() * per_item, *diagnostics[1:])
 
@@ -351,7 +353,7 @@ class _Distill(torch.autograd.Function):
             gradient_RV = gradient_RV * grad_loss.to(gradient_RV.dtype)
         else:
             scale_in_place(gradient_RV, grad_loss)
-        return (gradient_RV,) + (None,) * 10
+        return (gradient_RV,) + (None,) * 9
 
 
 def distill_loss_fused(
@@ -370,7 +372,8 @@ def distill_loss_fused(
     inplace = inplace and apart and not torch.compiler.is_compiling()
     # 1 / num_items would push float16 gradients below its range: there it is left to the backward
     # pass, where a loss scaler's factor comes in too.
-    late = logits_RV.dtype == torch.float16
-    if late:
+    late_factor = None
+    if logits_RV.dtype == torch.float16:
+        late_factor = row.per_item
         flat = _flat(row._replace(per_item=torch.ones_like(row.per_item)))
-    return DistillOutput(*_Distill.apply(logits_RV, inplace, row.per_item, late, *flat))
+    return DistillOutput(*_Distill.apply(logits_RV, inplace, late_factor, *flat))
