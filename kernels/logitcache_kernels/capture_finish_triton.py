@@ -31,13 +31,13 @@ from .capture_sweep_triton import SUMS
 
 # Below this share of the accumulated sum a tail would have lost too many digits to a subtraction.
 LEAST_SHARE = tl.constexpr(0.01)
-FINE, COARSE = tl.constexpr(2.0**44), tl.constexpr(2.0**30)  # units of the integer sums
+PER_UNIT = tl.constexpr(2.0**44)  # of the integer sums: 1024 terms of at most 1 fit in 63 bits
 
 
 @triton.jit
-def _total(x, UNIT: tl.constexpr):
-    """Sum fp32 numbers so that their order does not matter."""
-    return tl.sum((x * UNIT).to(tl.int64), 0).to(tl.float32) * (1.0 / UNIT)
+def _total(x):
+    """Sum fp32 numbers of at most 1 so that their order does not matter."""
+    return tl.sum((x * PER_UNIT).to(tl.int64), 0).to(tl.float32) * (1.0 / PER_UNIT)
 
 
 @triton.jit
@@ -131,16 +131,11 @@ def _other_bound(
 
 
 @triton.jit
-def _kth(
-    z_scratch, found, low, top, K: tl.constexpr, CAP: tl.constexpr, UNIT: tl.constexpr
-):  # fmt: skip
+def _kth(order, found, low, top, K: tl.constexpr, UNIT: tl.constexpr):
     """Give an ordered bound that the K largest reach, and no more but for ties with the Kth.
 
     Bisects ordered bits; UNIT of them separate neighbours of the logits' own type.
     """
-    item = tl.arange(0, CAP)
-    z = tl.load(z_scratch + item, mask=item < found, other=LOWEST)
-    order = tl.where(item < found, ordered(z), -(2**31))
     high = ordered(top) + 1
     count = found
     while (high - low > UNIT) & (count != K):
@@ -173,6 +168,24 @@ def _segment_logits(
     return ids, valid, tl.load(z_row + ids, mask=valid, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _read_segments(
+    z_row, list_ptr, listed, num_tokens, low, z_scratch, id_scratch, found,
+    key0, key1, top, log_1, log_s, min_prob, threshold,
+    INVERSE_S: tl.constexpr, TURNS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    SEGMENTS: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """Collect what is drawn of the listed segments below ``low`` (ordered)."""
+    for base in range(0, listed, SEGMENTS):
+        ids, valid, z = _segment_logits(
+            z_row, list_ptr, base, listed, num_tokens, TURNS, LANES, VECTOR, SEGMENTS
+        )
+        inclusion = inclusion_of(z - top, log_1, log_s, INVERSE_S, min_prob, threshold)
+        hit = drawn(key0, key1, ids, inclusion) & valid & (ordered(z) < low)
+        found = _append(z_scratch, id_scratch, found, z, ids, hit, CAP)
+    return found
+
+
 @triton.jit(do_not_specialize=["start", "num_rows"])
 def capture_finish(
     z_ptr, stride, label_ptr, position_ptr,
@@ -183,19 +196,17 @@ def capture_finish(
     SAMPLED: tl.constexpr, HAS_LABELS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
     INVERSE_S: tl.constexpr, TURNS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
     UNIT: tl.constexpr, GROUP_CAP: tl.constexpr, SEGMENT_CAP: tl.constexpr,
-    CANDIDATE_CAP: tl.constexpr,
+    CANDIDATE_CAP: tl.constexpr, SIZE: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     """Finish every row, or leave its count PENDING. Scratch per program: the lists."""
-    SIZE: tl.constexpr = 1024
     SEGMENTS: tl.constexpr = SIZE // (TURNS * VECTOR)
-    ITEMS: tl.constexpr = 128
     program = tl.program_id(0)
     list_ptr += program * SEGMENT_CAP
     candidate_ptr += program * CANDIDATE_CAP
     candidate_id_ptr += program * CANDIDATE_CAP
     key_ptr += program * CANDIDATE_CAP
     chosen_ptr += program * CANDIDATE_CAP
-    item = tl.arange(0, ITEMS)
+    item = tl.arange(0, CANDIDATE_CAP)
     for row32 in range(program, num_rows, tl.num_programs(0)):
         row = tl.full((), 0, tl.int64) + row32
         z_row = z_ptr + row * stride
@@ -226,21 +237,13 @@ def capture_finish(
         found = tl.where(sound, found, 0)
 
         # The partition functions over all entries, and the entropy, scaled by the top.
-        e_above = 0.0
-        s_above = 0.0
-        x_above = 0.0
-        first = tl.full([ITEMS], 0x7FFFFFFF, tl.int32)
-        for base in range(0, found, ITEMS):
-            live = base + item < found
-            z = tl.load(candidate_ptr + base + item, mask=live, other=LOWEST)
-            ids = tl.load(candidate_id_ptr + base + item, mask=live, other=0)
-            first = tl.minimum(first, tl.where(z == top, ids, 0x7FFFFFFF))
-            e = tl.where(live, tl.exp(z - top), 0.0)
-            e_above += _total(e, FINE)
-            x_above += _total(tl.where(live, e * (z - top), 0.0), FINE)
-            if SAMPLED:
-                s_above += _total(tl.where(live, tl.exp((z - top) * INVERSE_S), 0.0), FINE)
-        first = tl.min(first, 0)
+        live = item < found
+        z = tl.load(candidate_ptr + item, mask=live, other=LOWEST)
+        ids = tl.load(candidate_id_ptr + item, mask=live, other=0x7FFFFFFF)
+        first = tl.min(tl.where(live & (z == top), ids, 0x7FFFFFFF), 0)
+        e = tl.where(live, tl.exp(z - top), 0.0)
+        e_above = _total(e)
+        x_above = _total(e * tl.maximum(z - top, -200.0))
         num_above = found.to(tl.float32)
         shift = tl.exp(clip - top)
         below = shift * (a12 - num_above)
@@ -263,6 +266,7 @@ def capture_finish(
                 a_s = a4
             else:
                 a_s = a3
+            s_above = _total(tl.where(live, tl.exp((z - top) * INVERSE_S), 0.0))
             s_total = s_above + tl.exp((clip - top) * INVERSE_S) * (a_s - num_above)
             log_s = tl.log(tl.where(sound, s_total, 1.0))
             bound = log_1 + tl.minimum(log_min_prob, log_threshold)
@@ -286,13 +290,12 @@ def capture_finish(
             )  # fmt: skip
             tl.debug_barrier()
             sound = sound & (listed <= SEGMENT_CAP)
-            for base in range(0, tl.where(sound, listed, 0), SEGMENTS):
-                ids, valid, z = _segment_logits(
-                    z_row, list_ptr, base, listed, num_tokens, TURNS, LANES, VECTOR, SEGMENTS
-                )
-                inclusion = inclusion_of(z - top, log_1, log_s, INVERSE_S, min_prob, threshold)
-                hit = drawn(key0, key1, ids, inclusion) & valid & (ordered(z) < low)
-                found = _append(candidate_ptr, candidate_id_ptr, found, z, ids, hit, CANDIDATE_CAP)
+            found = _read_segments(
+                z_row, list_ptr, tl.where(sound, listed, 0), num_tokens, low,
+                candidate_ptr, candidate_id_ptr, found,
+                key0, key1, top, log_1, log_s, min_prob, threshold,
+                INVERSE_S, TURNS, LANES, VECTOR, SEGMENTS, CANDIDATE_CAP,
+            )  # fmt: skip
             tl.debug_barrier()
             sound = sound & (found <= CANDIDATE_CAP)
             found = tl.where(sound, found, 0)
@@ -306,81 +309,68 @@ def capture_finish(
                 tl.debug_barrier()
                 sound = sound & (found >= K) & (found <= CANDIDATE_CAP)
                 found = tl.where(sound, found, 0)
+        live = item < found
+        z = tl.load(candidate_ptr + item, mask=live, other=LOWEST)
+        ids = tl.load(candidate_id_ptr + item, mask=live, other=0x7FFFFFFF)
+        if not SAMPLED:  # noqa: SIM102 (one is decided when compiling)
             if found > K:
-                low = _kth(candidate_ptr, found, low, top, K, CANDIDATE_CAP, UNIT)
+                low = _kth(tl.where(live, ordered(z), -(2**31)), found, low, top, K, UNIT)
 
         # Keys of the candidates that are kept. The tail changes by what the clipped sums lack,
         # entries above the clip that are not certain, and by certain ones that are in them.
-        t3 = 0.0
-        t4 = 0.0
-        t6 = 0.0
-        t8 = 0.0
-        t12 = 0.0
-        t24 = 0.0
-        kept = 0
-        for base in range(0, found, ITEMS):
-            live = base + item < found
-            z = tl.load(candidate_ptr + base + item, mask=live, other=LOWEST)
-            ids = tl.load(candidate_id_ptr + base + item, mask=live, other=0)
-            if SAMPLED:
-                inclusion = inclusion_of(z - top, log_1, log_s, INVERSE_S, min_prob, threshold)
-                inclusion = tl.where(ids == first, 1.0, inclusion)
-                keep = live & ((inclusion == 1.0) | drawn(key0, key1, ids, inclusion))
-                certain = inclusion == 1.0
-            else:
-                certain = (tl.exp((z - top) - log_1) >= min_prob) | (ids == first)
-                keep = live & certain & (ordered(z) >= low)
-                certain = keep
-                inclusion = tl.where(keep, 1.0, 0.0)
-            slot = kept + tl.cumsum(keep.to(tl.int32), 0) - 1
-            tl.store(key_ptr + slot, sort_key((z - top) - log_1, ids), mask=keep)
-            tl.store(chosen_ptr + slot, inclusion, mask=keep)
-            kept += tl.sum(keep.to(tl.int32), 0)
-            over = z > clip
-            used = live & (over != certain)
-            sign = tl.where(used, tl.where(over, 1.0, -1.0), 0.0)
-            sound = sound & (tl.max(tl.where(used, z - clip, 0.0), 0) < 10.0)
-            u3, u4, u6, u8, u12, u24 = powers(tl.where(used, z - clip, 0.0) * (LOG2E / 12))
-            t3 += _total(sign * u3, COARSE)
-            t4 += _total(sign * u4, COARSE)
-            t6 += _total(sign * u6, COARSE)
-            t8 += _total(sign * u8, COARSE)
-            t12 += _total(sign * u12, COARSE)
-            t24 += _total(sign * u24, COARSE)
+        if SAMPLED:
+            inclusion = inclusion_of(z - top, log_1, log_s, INVERSE_S, min_prob, threshold)
+            inclusion = tl.where(ids == first, 1.0, inclusion)
+            certain = inclusion == 1.0
+            keep = live & (certain | drawn(key0, key1, ids, inclusion))
+        else:
+            certain = (tl.exp((z - top) - log_1) >= min_prob) | (ids == first)
+            keep = live & certain & (ordered(z) >= low)
+            certain = keep
+            inclusion = tl.where(keep, 1.0, 0.0)
+        slot = tl.cumsum(keep.to(tl.int32), 0) - 1
+        tl.store(key_ptr + slot, sort_key((z - top) - log_1, ids), mask=keep)
+        tl.store(chosen_ptr + slot, inclusion, mask=keep)
+        kept = tl.sum(keep.to(tl.int32), 0)
+        over = z > clip
+        used = live & (over != certain)
+        edge = tl.maximum(tl.max(tl.where(used, z, LOWEST), 0), clip)
+        sign = tl.where(used, tl.where(over, 1.0, -1.0), 0.0)
+        u3, u4, u6, u8, u12, u24 = powers(tl.where(used, z - edge, 0.0) * (LOG2E / 12))
+        t3 = _total(sign * u3)
+        t4 = _total(sign * u4)
+        t6 = _total(sign * u6)
+        t8 = _total(sign * u8)
+        t12 = _total(sign * u12)
+        t24 = _total(sign * u24)
         tl.debug_barrier()
 
         # Rank and write. Top-k: what ties with the Kth but has no room is tail.
         for base in range(0, kept, ITEMS):
-            live = base + item < kept
-            keys = tl.load(key_ptr + base + item, mask=live, other=NO_KEY)
-            inclusion = tl.load(chosen_ptr + base + item, mask=live, other=0.0)
+            place = base + tl.arange(0, ITEMS)
+            keys = tl.load(key_ptr + place, mask=place < kept, other=NO_KEY)
+            chosen = tl.load(chosen_ptr + place, mask=place < kept, other=0.0)
             rank = rank_of(key_ptr, keys, kept, 32)
-            store_ranked(ids_ptr, logp_ptr, inclusion_ptr, row, keys, rank, inclusion, K)
+            store_ranked(ids_ptr, logp_ptr, inclusion_ptr, row, keys, rank, chosen, K)
         if not SAMPLED:  # noqa: SIM102 (one is decided when compiling)
             if kept > K:
                 # They equal the least candidate from the bound on.
-                least = float("inf")
-                for base in range(0, found, ITEMS):
-                    live = base + item < found
-                    z = tl.load(candidate_ptr + base + item, mask=live, other=float("inf"))
-                    least = tl.minimum(
-                        least, tl.min(tl.where(ordered(z) >= low, z, float("inf")), 0)
-                    )
+                least = tl.min(tl.where(live & (ordered(z) >= low), z, -LOWEST), 0)
                 ties = (kept - K).to(tl.float32)
-                u3, u4, u6, u8, u12, u24 = powers((least - clip) * (LOG2E / 12))
-                t3 += ties * u3
-                t4 += ties * u4
-                t6 += ties * u6
-                t8 += ties * u8
-                t12 += ties * u12
-                t24 += ties * u24
+                v3, v4, v6, v8, v12, v24 = powers((least - edge) * (LOG2E / 12))
+                t3 += ties * v3
+                t4 += ties * v4
+                t6 += ties * v6
+                t8 += ties * v8
+                t12 += ties * v12
+                t24 += ties * v24
                 kept = K
-        a3, t3, g3 = _tail(a3, num_above, t3, (clip - top) - log_1, 1 / 4)
-        a4, t4, g4 = _tail(a4, num_above, t4, (clip - top) - log_1, 1 / 3)
-        a6, t6, g6 = _tail(a6, num_above, t6, (clip - top) - log_1, 1 / 2)
-        a8, t8, g8 = _tail(a8, num_above, t8, (clip - top) - log_1, 1 / 1.5)
-        a12, t12, g12 = _tail(a12, num_above, t12, (clip - top) - log_1, 1.0)
-        a24, t24, g24 = _tail(a24, num_above, t24, (clip - top) - log_1, 2.0)
+        a3, t3, g3 = _tail(a3, num_above, t3, edge - clip, (clip - top) - log_1, 1 / 4)
+        a4, t4, g4 = _tail(a4, num_above, t4, edge - clip, (clip - top) - log_1, 1 / 3)
+        a6, t6, g6 = _tail(a6, num_above, t6, edge - clip, (clip - top) - log_1, 1 / 2)
+        a8, t8, g8 = _tail(a8, num_above, t8, edge - clip, (clip - top) - log_1, 1 / 1.5)
+        a12, t12, g12 = _tail(a12, num_above, t12, edge - clip, (clip - top) - log_1, 1.0)
+        a24, t24, g24 = _tail(a24, num_above, t24, edge - clip, (clip - top) - log_1, 2.0)
         sound = sound & a3 & a4 & a6 & a8 & a12 & a24
         tl.store(tail_ptr + row * 6, g24)
         tl.store(tail_ptr + row * 6 + 1, g12)
@@ -397,8 +387,8 @@ def capture_finish(
 
 
 @triton.jit
-def _tail(total, num_above, correction, clip_logp, INVERSE_T: tl.constexpr):
+def _tail(total, num_above, correction, rise, clip_logp, INVERSE_T: tl.constexpr):
     """Give whether the tail is well-conditioned, its sum, and G."""
-    tail = total - num_above + correction
+    tail = total - num_above + correction * tl.exp(rise * INVERSE_T)
     sound = (tail >= LEAST_SHARE * total) & (tail < -LOWEST)
     return sound, tail, clip_logp * INVERSE_T + tl.log(tl.where(sound, tail, 1.0))

@@ -88,13 +88,13 @@ def _tile(
     return a3, a4, a6, a8, a12, a24, h, peak, score
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit(do_not_specialize=["start", "clip_rank"])
 def capture_sweep(
     z_ptr, stride, position_ptr, sums_ptr, group_ptr, listed_ptr, score_ptr,
-    num_tokens, num_segments, start,
+    num_tokens, num_segments, start, clip_rank,
     SAMPLED: tl.constexpr, INVERSE_S: tl.constexpr,
     TURNS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    HEAD: tl.constexpr, GROUPS: tl.constexpr, CLIP_RANK: tl.constexpr, PACKED: tl.constexpr,
+    HEAD: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr,
     GROUP_CAP: tl.constexpr,
 ):  # fmt: skip
     """Write a row's sums, its groups above the clip and its segments' scores.
@@ -111,12 +111,12 @@ def capture_sweep(
     tl.debug_barrier()
     lanes = tl.arange(0, LANES)
     key0, _ = row_keys(start, tl.load(position_ptr + row))
-    # The clip point: the largest but CLIP_RANK - 1 of the head's GROUPS maxima.
+    # The clip point: the largest but clip_rank - 1 of the head's GROUPS maxima.
     head = tl.arange(0, HEAD)
     head_z = tl.load(z_row + head, mask=head < num_tokens, other=float("-inf")).to(tl.float32)
     maxima = tl.max(tl.reshape(head_z, [HEAD // GROUPS, GROUPS]), 0)
     larger = tl.sum((maxima[:, None] > maxima[None, :]).to(tl.int32), 0)
-    clip = tl.min(tl.where(larger < CLIP_RANK, maxima, float("inf")), 0)
+    clip = tl.min(tl.where(larger < clip_rank, maxima, float("inf")), 0)
     sound = tl.abs(clip) < 1e5
     clip = tl.where(sound, clip, 0.0)
     a3 = tl.zeros([LANES], tl.float32)

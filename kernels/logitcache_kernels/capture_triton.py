@@ -51,7 +51,7 @@ from .uniform import PAIR_STEP
 _SWEEP_S = (1.0, 1.5, 2.0, 3.0, 4.0)  # sample temperatures whose sum the sweep has anyway
 _HEAD, _GROUPS = 8192, 32
 _SEGMENT = 32  # logits whose maximum is kept
-_SEGMENT_CAP, _CANDIDATE_CAP, _GROUP_CAP = 1024, 1024, 1024
+_SEGMENT_CAP, _GROUP_CAP = 1024, 1024
 # Neighbours of a type are this far apart in the ordered bits of fp32.
 _UNITS = {torch.bfloat16: 2**16, torch.float16: 2**13, torch.float32: 1}
 _MASK = 0xFFFFFFFF
@@ -170,6 +170,7 @@ def capture_triton(
             num_tokens,
             num_segments,
             start,
+            _clip_rank(num_tokens, 200 if sampled else 40 + kept * 2),
             SAMPLED=sampled,
             INVERSE_S=inverse_s,
             TURNS=_SEGMENT // vector // parts,
@@ -178,7 +179,6 @@ def capture_triton(
             VECTOR=vector,
             HEAD=_HEAD,
             GROUPS=_GROUPS,
-            CLIP_RANK=_clip_rank(num_tokens, 200 if sampled else 40 + kept * 2),
             GROUP_CAP=_GROUP_CAP,
             PACKED=not interpreted and torch.cuda.get_device_capability(device) >= (9, 0),
             num_warps=num_warps,
@@ -186,7 +186,8 @@ def capture_triton(
             **({} if registers is None else {"maxnreg": registers}),
         )
         programs = _programs(device, num_rows, per_processor)
-        candidates = (programs, _CANDIDATE_CAP)
+        candidate_cap = 512 if sampled or kept <= 96 else 1024
+        candidates = (programs, candidate_cap)
         capture_finish[(programs,)](
             *sources,
             *(ids_RK, logp_RK, inclusion_RK, all_tail_RT),
@@ -216,7 +217,9 @@ def capture_triton(
             UNIT=_UNITS[logits_RV.dtype],
             GROUP_CAP=_GROUP_CAP,
             SEGMENT_CAP=_SEGMENT_CAP,
-            CANDIDATE_CAP=_CANDIDATE_CAP,
+            CANDIDATE_CAP=candidate_cap,
+            SIZE=256 * finish_warps,
+            ITEMS=32 * finish_warps,
             num_warps=finish_warps,
             enable_fp_fusion=True,
             **({} if finish_registers is None else {"maxnreg": finish_registers}),
