@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .codec import Entries, decode, unpack_entropy, unpack_logp, unpack_partition
+from .codec import Entries, decode, num_gap_planes, unpack_entropy, unpack_logp, unpack_partition
 from .errors import StoreError
 from .packing import Rows
 from .store import (
@@ -180,10 +180,9 @@ class StoreReader:
         grid = len(self.temperatures)
         count = self._read(f"{name}/count", index)  # [B, 2, L]
         totals = count.sum((1, 2), dtype=np.int64)
-        planes = sorted(key for key in self._group[name] if key.startswith("gap_"))
         gaps = np.zeros(int(totals.sum()), np.uint32)
-        for number, plane in enumerate(planes):
-            block = self._read(f"{name}/{plane}", index)
+        for number in range(num_gap_planes(self.manifest["vocab_size"])):
+            block = self._read(f"{name}/gap_{number}", index)
             flat = np.concatenate([row[:n] for row, n in zip(block, totals, strict=True)])
             gaps |= flat.astype(np.uint32) << np.uint32(8 * number)
         block = self._read(f"{name}/level", index)

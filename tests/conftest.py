@@ -1,0 +1,45 @@
+"""Fixtures that several test files share: two tiny teachers and a store of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import settings
+from tiny import make_model, sentences, write_jsonl
+
+# The same examples in every run, and no limit on time: a busy machine is no failure.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def teacher1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("teacher1"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def teacher2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("teacher2"), seed=2)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of which some share a row and some take several; two are gold."""
+    records = [{"text": text, "gold": n < 2} for n, text in enumerate(sentences(24, seed=3))]
+    records += [{"text": text, "gold": False} for text in sentences(3, seed=4, words=90)]
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", records)
+
+
+@pytest.fixture(scope="session")
+def built(
+    tmp_path_factory: pytest.TempPathFactory, teacher1: Path, teacher2: Path, corpus: Path
+) -> SimpleNamespace:
+    """A finished store and the settings that it was built with. Not to be written to."""
+    from logitcache import build
+
+    settings = {"teacher1": teacher1, "teacher2": teacher2, "data": (corpus,), "seq_len": 48}
+    path = tmp_path_factory.mktemp("built") / "store"
+    build(out=path, **settings)
+    return SimpleNamespace(path=path, settings=settings)
