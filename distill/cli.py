@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +61,23 @@ def train(
     _quiet_libraries()
     from logitcache.causal_lm import check_model_folder
 
-    from .train import TrainRequest, make_trainer
+    from .train import TrainRequest
     from .train import train as run_train
 
     check_model_folder(student)
     request = TrainRequest(store, student, out, eval_store, settings)
     if dry_run:
-        options.result(*_describe_plan(request, make_trainer))
+        options.result(*_describe_plan(request, fresh))
         return
+
+    def note(text: str) -> None:
+        if _is_first():
+            options.note(text)
+
     with stop_on_signal() as stop:
-        record = run_train(request, fresh=fresh, stop=stop, note=options.note)
+        record = run_train(request, fresh=fresh, stop=stop, note=note)
+    if not _is_first():
+        return
     document = {
         **record["metrics"],
         "before": record["before"],
@@ -103,26 +113,40 @@ def demo(options: Options, out: Path | None) -> None:
     from .demo import default_folder, run_demo
 
     out = out or default_folder()
-    document, text = run_demo(out, options)
+    with stop_on_signal():  # what runs below saves its work and ends; so does this then
+        document, text = run_demo(out, options)
     options.result(document, text)
 
 
-def _describe_plan(request: Any, make_trainer: Any) -> tuple[dict[str, Any], str]:
-    config = request.config()
-    trainer = make_trainer(request, config)
+def _is_first() -> bool:
+    """Whether this process speaks for all of a run under torchrun."""
+    import torch.distributed
+
+    return not torch.distributed.is_initialized() or int(torch.distributed.get_rank()) == 0
+
+
+def _describe_plan(request: Any, fresh: bool) -> tuple[dict[str, Any], str]:
+    from .train import check_paths, existing_run, make_trainer, run_identity
+
+    check_paths(request)
+    if request.out.is_dir() and not fresh:
+        existing_run(request.out, run_identity(request, request.config()))
+    with tempfile.TemporaryDirectory() as folder:  # the Trainer makes its folder at once
+        config = replace(request, out=Path(folder)).config()
+        trainer = make_trainer(request, config)
     rows = len(trainer.reader)
     per_step = (
         config.per_device_train_batch_size
         * config.gradient_accumulation_steps
         * trainer.accelerator.num_processes
     )
-    epochs_steps = int(config.num_train_epochs * max(rows // per_step, 1))
+    epochs_steps = math.ceil(config.num_train_epochs * math.ceil(rows / per_step))
     document = {
         "rows": rows,
         "rows_per_step": per_step,
         "steps": config.max_steps if config.max_steps > 0 else epochs_steps,
         "device": str(config.device),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": sum(p.numel() for p in trainer._core.parameters()),
         "spec": dict(trainer.spec.__dict__),
     }
     lines = ["store, student and settings fit; would train:"]

@@ -72,6 +72,8 @@ class DistillConfig(TrainingArguments):
             )
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else the processes of torchrun would not find one another
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor: the distillation loss has none; expected 0")
         if not 0 <= self.ema_decay < 1:

@@ -49,7 +49,7 @@ class DemoError(LogitCacheError):
 
 
 def default_folder() -> Path:
-    """``demo`` in the current folder, or among temporary files where nothing may be written here."""
+    """``demo`` here, or among temporary files where nothing may be written here."""
     if os.access(Path.cwd(), os.W_OK):
         return Path("demo")
     return Path(tempfile.gettempdir()) / "logitcache-demo"

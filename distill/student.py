@@ -72,7 +72,12 @@ def _distill_forward(
     num_items: torch.Tensor | float | None = None,
     evaluate: bool = False,
     num_tokens: int = 0,
+    **others: Any,
 ) -> dict[str, torch.Tensor]:
+    # Adapters (PEFT) pass on every argument of a forward, as None where it was not given.
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise TypeError(f"unexpected with teachers: {', '.join(given)}")
     hidden_RD = hidden_states(model, input_ids, position_ids).flatten(0, 1)
     head = Head.of(model)
     labels_R = labels.flatten()

@@ -3,6 +3,7 @@ record."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -27,7 +28,10 @@ from .trainer import DistillTrainer
 RUN_FILE, LOG_FILE, RAW_FOLDER, CHECKPOINTS = "run.json", "log.jsonl", "raw", "checkpoints"
 _GPU_DATA_WORKERS = 4
 # Settings that change neither weights nor metrics: a run may be continued with others.
-_NO_IDENTITY = ("output_dir", "dataloader_", "logging_", "report_to", "disable_tqdm", "run_name")
+_NO_IDENTITY = (
+    *("output_dir", "dataloader_", "logging_", "report_to", "disable_tqdm", "run_name"),
+    *("save_", "hub_", "push_to_hub"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,34 +60,72 @@ def train(
 ) -> dict[str, Any]:
     """Train, or go on with a run that was interrupted; returns the run record.
 
-    A finished run with the same settings is left as it is. Raises UsageError if the folder holds
-    another run, StoreError if store and student do not fit, Interrupted after a checkpoint was
-    written because of stop().
+    A finished run with the same settings is left as it is. Under torchrun every process calls this;
+    the first one holds the lock and decides for all. Raises UsageError if the folder holds another
+    run, StoreError if store and student do not fit, Interrupted after a checkpoint was written
+    because of stop().
     """
     config = request.config()
-    identity = _identity(request, config)
     out = request.out
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: expected a folder, found a file", "give --out a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    with lock(out / "train.lock"):
-        record = None if fresh else _existing_run(out, identity)
+    check_paths(request)
+    identity = run_identity(request, config)
+    with contextlib.ExitStack() as held:
+
+        def claim() -> dict[str, Any] | None:
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock(out / "train.lock"))
+            if fresh:
+                _check_deletable(out)
+            return None if fresh else existing_run(out, identity)
+
+        record: dict[str, Any] | None = _agreed(config, claim)
         if record is not None and record["complete"]:
             note(f"{out}: already trained; nothing was changed")
             return record
+        trainer = make_trainer(request, config)  # all is checked before anything is deleted
         if fresh:
-            _delete(out)
-        return _train(request, config, identity, stop, note)
+            _agreed(config, lambda: _delete(out))
+        return _train(request, trainer, identity, record, stop, note)
 
 
-def _identity(request: TrainRequest, config: DistillConfig) -> dict[str, Any]:
-    """What makes two runs the same: store contents, student weights, settings."""
+def _agreed(config: DistillConfig, action: Callable[[], Any]) -> Any:
+    """Do something in the first process alone; every process gets its result or its error."""
+    if config.world_size == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if config.process_index == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            outcome[1] = error
+    torch.distributed.broadcast_object_list(outcome, device=config.device)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def check_paths(request: TrainRequest) -> None:
+    """Refuse an output folder in which --fresh would delete an input, or that lies in a store."""
+    out = request.out
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: expected a folder, found a file", "give --out a new folder")
+    for name in ("student", "store", "eval_store"):
+        path = getattr(request, name)
+        if path is not None and path.resolve().is_relative_to(out.resolve()):
+            raise UsageError(f"{out}: --out holds the {name} {path}", "give --out a new folder")
+        if path is not None and name != "student" and out.resolve().is_relative_to(path.resolve()):
+            raise UsageError(f"{out}: --out lies in the {name} {path}", "give --out a new folder")
+
+
+def run_identity(request: TrainRequest, config: DistillConfig) -> dict[str, Any]:
+    """What makes two runs the same: store contents, student weights, settings, processes."""
     store = open_store(request.store)
+    settings = {k: v for k, v in config.to_dict().items() if not k.startswith(_NO_IDENTITY)}
     identity = {
         "store": {"data": store.manifest["data_sha256"], "teachers": store.store.teachers},
         "student": model_identity(request.student),
         "eval_store": None,
-        "settings": {k: v for k, v in config.to_dict().items() if not k.startswith(_NO_IDENTITY)},
+        "settings": {**settings, "processes": config.world_size},  # of which a batch consists
     }
     if request.eval_store is not None:
         identity["eval_store"] = open_store(request.eval_store).manifest["data_sha256"]
@@ -94,12 +136,12 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _existing_run(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def existing_run(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The record of the run in a folder; None if the folder is free. UsageError if it is another
     run."""
     path = out / RUN_FILE
     if not path.is_file():
-        others = [p.name for p in out.iterdir() if p.suffix != ".lock"]
+        others = _files_of_others(out)
         if others:
             raise UsageError(
                 f"{out}: expected an empty folder or a run, found other files "
@@ -133,11 +175,24 @@ def _existing_run(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return record  # type: ignore[no-any-return]
 
 
-def _delete(out: Path) -> None:
-    if not (out / RUN_FILE).is_file() and any(p.suffix != ".lock" for p in out.iterdir()):
+def _files_of_others(out: Path) -> list[str]:
+    """What lies in a folder besides what a run leaves that ended before it wrote its record."""
+    return [
+        path.name
+        for path in out.iterdir()
+        if path.suffix not in (".lock", ".tmp")
+        and not (path.name == CHECKPOINTS and path.is_dir() and not any(path.iterdir()))
+    ]
+
+
+def _check_deletable(out: Path) -> None:
+    if not (out / RUN_FILE).is_file() and _files_of_others(out):
         raise UsageError(
             f"{out}: --fresh deletes runs only, found other files", "remove it yourself"
         )
+
+
+def _delete(out: Path) -> None:
     for child in out.iterdir():
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
@@ -146,13 +201,14 @@ def _delete(out: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint: one that has the file which the Trainer writes last."""
-    found = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
-    ]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """The newest whole checkpoint: one whose trainer_state.json, which the Trainer writes last, can
+    be read."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return path
+    return None
 
 
 class _Watch(TrainerCallback):
@@ -160,10 +216,15 @@ class _Watch(TrainerCallback):
 
     def __init__(self, stop: Callable[[], bool], log_path: Path, note: Callable[[str], None]):
         self.stop, self.log_path, self.note = stop, log_path, note
+        self.stopped = False
         self.said = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop():
+        asked = torch.tensor(float(self.stop()), device=args.device)
+        if args.world_size > 1:  # all of them at the same step, or they would wait for one another
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        if bool(asked):
+            self.stopped = True
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -199,13 +260,13 @@ def make_trainer(request: TrainRequest, config: DistillConfig) -> DistillTrainer
 
 def _train(
     request: TrainRequest,
-    config: DistillConfig,
+    trainer: DistillTrainer,
     identity: dict[str, Any],
+    previous: dict[str, Any] | None,
     stop: Callable[[], bool],
     note: Callable[[str], None],
 ) -> dict[str, Any]:
     out, started = request.out, time.monotonic()
-    trainer = make_trainer(request, config)
     checkpoint = last_checkpoint(out / CHECKPOINTS)
     is_main = trainer.is_world_process_zero()
     record: dict[str, Any] = {
@@ -216,24 +277,26 @@ def _train(
         "student": str(request.student),
         "eval_store": None if request.eval_store is None else str(request.eval_store),
         "identity": identity,
+        "settings": _resolved(trainer.args),
         "environment": describe_environment(),
+        "before": None,
     }
-    before = None
-    if checkpoint is not None:
+    if checkpoint is not None and previous is not None:
         note(f"resuming {out} at {checkpoint.name}")
-        previous = json.loads((out / RUN_FILE).read_text(encoding="utf-8"))
-        before = previous.get("before")
-        _drop_later_records(out / LOG_FILE, int(checkpoint.name.rpartition("-")[2]))
-    else:
-        (out / LOG_FILE).unlink(missing_ok=True)
-        if trainer.eval_reader is not None:
-            before = trainer.evaluate(metric_key_prefix="before")
-    record["before"] = before
+        record["before"] = previous.get("before")
     if is_main:
-        write_atomic(out / RUN_FILE, to_json(record))
-    trainer.add_callback(_Watch(stop, out / LOG_FILE, note))
+        write_atomic(out / RUN_FILE, to_json(record))  # from here on the folder is this run's
+        _drop_later_records(
+            out / LOG_FILE, -1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        )
+    if checkpoint is None and trainer.eval_reader is not None:
+        record["before"] = trainer.evaluate(metric_key_prefix="before")
+        if is_main:
+            write_atomic(out / RUN_FILE, to_json(record))
+    watch = _Watch(stop, out / LOG_FILE, note)
+    trainer.add_callback(watch)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stop() and trainer.state.global_step < trainer.state.max_steps:
+    if watch.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"{out}: stopped, saved step {trainer.state.global_step} of {trainer.state.max_steps}",
             "run the same command again to continue",
@@ -265,9 +328,19 @@ def _train(
 def _drop_later_records(path: Path, step: int) -> None:
     """Forget records of steps that a resumed run will take again."""
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line and json.loads(line)["step"] <= step]
-        write_atomic(path, "".join(line + "\n" for line in kept))
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a line that a killed run did not finish
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        write_atomic(path, "".join(kept))
+
+
+def _resolved(config: DistillConfig) -> dict[str, Any]:
+    """All settings of a run, as --config reads them."""
+    names = {f.name for f in dataclasses.fields(config) if f.init} - {"output_dir"}
+    values = _plain(config.to_dict())
+    return {name: values[name] for name in sorted(names) if values.get(name) is not None}
 
 
 def _save_student(trainer: DistillTrainer, source: Path, out: Path) -> None:

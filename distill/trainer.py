@@ -125,6 +125,11 @@ class DistillTrainer(Trainer):
         self.reader = _opened(store)
         self.eval_reader = None if eval_store is None else _opened(eval_store)
         core = _core_model(model)
+        if hasattr(core.get_output_embeddings(), "base_layer"):
+            raise UsageError(
+                "model: an adapter on the output head, whose weight alone the loss reads",
+                "leave the output head out of the adapter's target modules",
+            )
         for reader in (self.reader, self.eval_reader):
             if reader is not None:
                 check_fit(reader, core, processing_class, args)
@@ -193,6 +198,9 @@ class DistillTrainer(Trainer):
     def check_gradients(self) -> None:
         """Stop before the optimizer step if any gradient is not finite."""
         gradients = [p.grad for p in self._core.parameters() if p.grad is not None]
+        # With fp16 an infinite gradient is the scaler's business: it skips the step.
+        if not gradients or self.accelerator.scaler is not None:
+            return
         norms = torch.stack(
             [n.float().to(gradients[0].device) for n in torch._foreach_norm(gradients)]
         )
@@ -281,8 +289,17 @@ class DistillTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._resume_from = Path(resume_from_checkpoint)
+        with _reading(self._resume_from):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def start_average(self) -> None:
         """Begin averaging at the weights as they are, or where a checkpoint left off."""
@@ -290,7 +307,8 @@ class DistillTrainer(Trainer):
             return
         self.average = WeightAverage(self._core, self.args.ema_decay)
         if self._resume_from is not None:
-            self.average.load(self._resume_from)
+            with _reading(self._resume_from):
+                self.average.load(self._resume_from)
 
 
 class _Hooks(TrainerCallback):
@@ -313,6 +331,19 @@ class _Hooks(TrainerCallback):
 
 def _opened(store: StoreReader | str | Path) -> StoreReader:
     return open_store(store) if isinstance(store, (str, Path)) else store
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: Path | str | None) -> Iterator[None]:
+    """Turn whatever a damaged checkpoint raises into a StoreError."""
+    try:
+        yield
+    except Exception as error:  # safetensors, pickle, torch and json raise many kinds
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoreError(
+            f"{checkpoint}: the checkpoint cannot be read: {first}",
+            "delete it: the same command then continues from the one before it, or from the start",
+        ) from error
 
 
 def _core_model(model: Any) -> Any:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from tiny import make_model, make_tokenizer, sentences, write_jsonl
 from distill import DistillConfig, DistillTrainer
 from distill.bundled import BUNDLED
 from distill.cli import cli
+from distill.config import distill_config
 from distill.ema import WeightAverage
 from distill.student import attach_loss, to_inputs
 from distill.train import TrainRequest, last_checkpoint, train
@@ -192,9 +197,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(work: Path, tmp_path: P
 
 
 def test_two_processes_give_the_gradients_of_one(work: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     single = _one_sgd_step(work, tmp_path / "one", per_device_train_batch_size=4)
     worker = Path(__file__).with_name("ddp_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -225,7 +227,10 @@ def test_stopped_run_continues_to_the_same_bytes(work: Path, tmp_path: Path) -> 
     checkpoints = tmp_path / "parts" / "checkpoints"
     torn = checkpoints / "checkpoint-3"
     shutil.copytree(checkpoints / "checkpoint-2", torn)
-    (torn / "trainer_state.json").unlink()
+    state = torn / "trainer_state.json"
+    state.write_text(state.read_text(encoding="utf-8")[:100], encoding="utf-8")
+    assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
+    state.unlink()
     assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
     record = train(_request(work, tmp_path / "parts"))
     assert record["steps"] == 4
@@ -258,6 +263,96 @@ def test_run_folder_that_holds_other_files_is_refused(work: Path, tmp_path: Path
         with pytest.raises(UsageError, match=r"mine\.txt|found other files"):
             train(_request(work, tmp_path), fresh=fresh)
     assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_input_folders_are_never_the_output(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "family" / "student"
+    train(_request(work, out, max_steps=1))
+    before = _weights(out)
+    base = _request(work, out, max_steps=1)
+    for name, place in (
+        ("student", out),
+        ("student", out.parent),
+        ("store", work / "sampled" / "x"),
+    ):
+        request = replace(base, out=place, student=out if name == "student" else base.student)
+        with pytest.raises(UsageError, match=rf"--out (holds|lies in) the {name}"):
+            train(request, fresh=True)
+    assert _same(before, _weights(out))
+    assert not (work / "sampled" / "x").exists()
+
+
+def test_fresh_run_that_does_not_fit_deletes_nothing(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(_request(work, out, max_steps=1))
+    before = _weights(out)
+    with pytest.raises(UsageError, match=r"temperature: expected 0.5 to 2, found 3"):
+        train(_request(work, out, max_steps=1, temperature=3.0), fresh=True)
+    assert _same(before, _weights(out))
+
+
+def test_run_killed_before_its_first_checkpoint_starts_again(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "checkpoints").mkdir(parents=True)  # killed while the model was loaded
+    (out / "train.lock").touch()
+    train(_request(work, out, max_steps=1))
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    (out / "run.json").write_text(json.dumps({**record, "complete": False}), encoding="utf-8")
+    with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write('{"step": 1, "lo')  # and while it logged
+    again = train(_request(work, out, max_steps=1))
+    assert again["complete"]
+    assert len(_steps(out)) == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt"])
+def test_damaged_checkpoint_is_named(work: Path, tmp_path: Path, name: str) -> None:
+    request = _request(work, tmp_path / "out")
+    with pytest.raises(Interrupted):
+        train(request, stop=lambda: True)
+    damaged = tmp_path / "out" / "checkpoints" / "checkpoint-1" / name
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(StoreError, match="checkpoint-1: the checkpoint cannot be read"):
+        train(request)
+
+
+def test_settings_of_a_run_record_can_be_read_again(work: Path, tmp_path: Path) -> None:
+    train(_request(work, tmp_path / "out", max_steps=1, gamma=0.25))
+    record = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    config = distill_config(record["settings"], str(tmp_path))
+    assert (config.gamma, config.temperature, config.max_steps) == (0.25, 1.5, 1)
+
+
+def test_arguments_that_adapters_pass_on_as_none_are_allowed(work: Path) -> None:
+    model = load_causal_lm(work / "one", torch.float32, CPU)
+    attach_loss(model, DistillSpec(temperature=1.5))
+    inputs = to_inputs(open_store(work / "sampled")[[0]], 1.5)
+    plain = model(**inputs)["loss"]
+    none = dict.fromkeys(("attention_mask", "inputs_embeds", "output_attentions", "return_dict"))
+    assert torch.equal(model(**inputs, **none)["loss"], plain)
+    with pytest.raises(TypeError, match="unexpected with teachers: attention_mask"):
+        model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
+
+
+def test_command_on_two_processes_is_one_run_with_one_result(work: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "distill", "train", "--store", str(work / "sampled"), "--json"]
+    command += ["--student", str(work / "one"), "--out", str(tmp_path / "out")]
+    command += ["--eval-store", str(work / "topk")]
+    settings = {**SETTINGS, "max_steps": 2, "per_device_train_batch_size": 2}
+    del settings["use_cpu"]  # chosen where there is no GPU
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert json.loads(run.stdout)["steps"] == 2
+    train(_request(work, tmp_path / "single", max_steps=2))
+    for part in ("", "raw"):
+        single, double = _weights(tmp_path / "single" / part), _weights(tmp_path / "out" / part)
+        for name, weights in single.items():
+            torch.testing.assert_close(double[name], weights, rtol=1e-3, atol=1e-4)
+    losses = [[e["loss"] for e in _steps(tmp_path / name)] for name in ("single", "out")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_loss_that_is_not_finite_stops_before_the_step(work: Path, tmp_path: Path) -> None:
@@ -373,4 +468,6 @@ def test_command_refuses_unknown_settings_and_missing_folders(work: Path, tmp_pa
     code, document = run(*good, *out, "--dry-run", "--set", "use_cpu=true", "--set", "max_steps=9")
     assert code == 0
     assert document["steps"] == 9
-    assert not (tmp_path / "out" / "run.json").exists()
+    code, document = run(*good, *out, "--dry-run", "--set", "per_device_train_batch_size=3")
+    assert document["steps"] == 3 * -(-len(open_store(work / "sampled")) // 3)  # three epochs
+    assert not (tmp_path / "out").exists()  # a dry run writes nothing
