@@ -129,7 +129,7 @@ def run_identity(request: TrainRequest, config: DistillConfig) -> dict[str, Any]
     }
     if request.eval_store is not None:
         identity["eval_store"] = open_store(request.eval_store).manifest["data_sha256"]
-    return _plain(identity)  # type: ignore[no-any-return]
+    return _plain(identity)
 
 
 def _plain(value: Any) -> Any:
@@ -172,7 +172,7 @@ def existing_run(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             f"{out}: holds another run:\n  " + "\n  ".join(changed),
             "give --out another folder, or --fresh to delete this run and train anew",
         )
-    return record  # type: ignore[no-any-return]
+    return record
 
 
 def _files_of_others(out: Path) -> list[str]:

@@ -66,7 +66,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of a teacher's weights; "auto" is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)  # type: ignore[no-any-return]
+    return getattr(torch, name)
 
 
 def check_model_folder(folder: Path) -> None:
@@ -145,7 +145,7 @@ def hidden_states(
     output = model.get_decoder()(
         input_ids=tokens_BL, position_ids=positions_BL, use_cache=False, **kwargs
     )
-    return output.last_hidden_state  # type: ignore[no-any-return]
+    return output.last_hidden_state
 
 
 @torch.no_grad()

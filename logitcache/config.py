@@ -15,7 +15,7 @@ from .errors import UsageError
 _MAX_CONFIG_BYTES = 1 << 20
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML without the surprises of its version 1.1: no, off and their kin are text, 5e-5 is a
     number."""
 

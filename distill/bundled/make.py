@@ -223,7 +223,7 @@ def make_teachers(corpus: list[str], held_out: list[str], out: Path) -> dict[str
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     bare_tokenizer = train_tokenizer(corpus)
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bare_tokenizer,
         eos_token=EOS,
         pad_token=PAD,
