@@ -1,1 +1,1 @@
-"""Timings of the kernels against what the memory and the matrix units allow: ``python -m benchmarks.kernels``."""
+"""Timings of the kernels against what memory and matrix units allow: ``benchmarks.kernels``."""

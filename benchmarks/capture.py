@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from logitcache_kernels import capture
 
 from .common import KEPT, ROWS, VOCABULARIES, Bench, Record, largest_error

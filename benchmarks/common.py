@@ -4,10 +4,11 @@ A suite is a module with
 
     def run(bench: Bench) -> list[Record]
 
-which asks ``bench.quick`` whether to take the few shapes or the full grid, times everything that is to be
-compared in *one* call of ``bench.time`` (interleaved, so that clocks and neighbours hit all alike), takes
-its floor from ``bench.copy_ms`` or ``bench.gemm_ms`` (measured in the same run), and gives one Record for
-each shape and option set. Records become JSON; the table and the plot are made from the JSON alone.
+which asks ``bench.quick`` whether to take the few shapes or the full grid, times everything that
+is to be compared in *one* call of ``bench.time`` (interleaved, so that clocks and neighbours hit
+all alike), takes its floor from ``bench.copy_ms`` or ``bench.gemm_ms`` (measured in the same run),
+and gives one Record for each shape and option set. Records become JSON; the table and the plot are
+made from the JSON alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ ROWS = (2048, 8192, 16384)
 KEPT = (16, 64, 128)
 TEMPERATURES = (1.0, 1.5, 2.0)
 _FLUSH_BYTES = 256 * 2**20  # several times the L2 of any present GPU
-# The device waits this long (0.5 ms at 2 GHz), so that a function's launches are queued when it starts.
+# The device waits this long (0.5 ms at 2 GHz), so that a function's launches are queued when it
+# starts.
 _LEAD_CYCLES = 1_000_000
 _PEERS = {
     "liger": "liger-kernel",
@@ -52,10 +54,11 @@ class Timing(NamedTuple):
 class Record:
     """One measured case.
 
-    shape: R, V and where they apply K, D. options: whatever else tells cases apart (T, divergence, ...).
-    floor: what floor_ms is, in words ("read once", "read once + write once", "three GEMMs").
-    peak_bytes: memory above what was allocated before the call. error: largest error against float64 on
-    the same inputs, by name. peers: the same work, or less, by others; timed interleaved with ours.
+    shape: R, V and where they apply K, D. options: whatever else tells cases apart (T, divergence,
+    ...). floor: what floor_ms is, in words ("read once", "read once + write once", "three GEMMs").
+    peak_bytes: memory above what was allocated before the call. error: largest error against
+    float64 on the same inputs, by name. peers: the same work, or less, by others; timed
+    interleaved with ours.
     """
 
     suite: str
@@ -172,7 +175,7 @@ class Bench:
         return self._gemm_ms[key]
 
     def peak_bytes(self, function: Callable[[], object]) -> int:
-        """Bytes that a call allocates at its peak, above what was there before; the result counts."""
+        """Bytes that a call allocates at its peak above what was there; the result counts."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -217,7 +220,7 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit that was measured, with "+changes" where the tree differs; "unknown" outside git."""
+    """The commit that was measured, "+changes" where the tree differs; "unknown" outside git."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:

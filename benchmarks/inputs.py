@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-# Exponent s ~ N(mean, spread) in [1.02, 6]; b = exp(N(mean, spread)); mean extra logit of the first.
-# Fitted to Qwen2.5-Coder on V = 151936: strong teacher on web text and chat, weak teacher on web text.
+# Exponent s ~ N(mean, spread) in [1.02, 6]; b = exp(N(mean, spread)); mean extra logit of the
+# first. Fitted to Qwen2.5-Coder on V = 151936: strong teacher on web text and chat, weak teacher
+# on web text.
 SHAPES = {
     "web": (1.81, 0.28, 0.75, 0.25, 0.86),
     "chat": (2.28, 0.21, 0.48, 0.31, 1.33),

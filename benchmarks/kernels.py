@@ -1,7 +1,7 @@
-"""Benchmarks of the kernels: ``python -m benchmarks.kernels [--suite NAME] [--json FILE] [--quick]``.
+"""Benchmarks: ``python -m benchmarks.kernels [--suite NAME] [--json FILE] [--quick]``.
 
-Needs a CUDA GPU; exits 6 without one. ``--table FILE`` and ``--plot FILE.png`` make the Markdown table and
-the plot from a JSON file, with or without a GPU.
+Needs a CUDA GPU; exits 6 without one. ``--table FILE`` and ``--plot FILE.png`` make the Markdown
+table and the plot from a JSON file, with or without a GPU.
 """
 
 from __future__ import annotations

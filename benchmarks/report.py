@@ -11,8 +11,8 @@ def table(document: dict[str, Any]) -> str:
     machine = document["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
-        f"{machine.get('gpu', 'no GPU')}, {machine['date']}, commit {machine['commit']}, {versions}. "
-        f"Copy bandwidth in this run {document['copy_bandwidth'] / 1e12:.2f} TB/s. "
+        f"{machine.get('gpu', 'no GPU')}, {machine['date']}, commit {machine['commit']}, "
+        f"{versions}. Copy bandwidth in this run {document['copy_bandwidth'] / 1e12:.2f} TB/s. "
         "Medians (20th to 80th percentile); peers as multiples of our time.",
     ]
     for suite in sorted({record["suite"] for record in document["records"]}):
@@ -23,7 +23,7 @@ def table(document: dict[str, Any]) -> str:
 
 def _suite_table(records: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| kernel | shape | options | ms | floor ms | over floor | extra MiB | largest error | peers |",
+        "| kernel | shape | options | ms | floor ms | over floor | extra MiB | error | peers |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:

@@ -4,7 +4,7 @@ import torch
 
 
 def peaked_logits(num_rows, vocab, generator, scale=1.8):
-    """Power laws with a random exponent per row, ids in random order, some rows with a sharp top."""
+    """Power laws with a random exponent per row, ids in random order, some rows peaked."""
     device = generator.device
     rank_V = torch.arange(1, vocab + 1, device=device, dtype=torch.float32)
     slope_R1 = scale + 0.4 * torch.randn(num_rows, 1, generator=generator, device=device)

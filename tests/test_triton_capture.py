@@ -1,4 +1,4 @@
-"""The Triton capture kernels against the eager oracle in float64, in Triton's interpreter on the CPU."""
+"""The Triton capture kernels against the oracle in float64, in Triton's interpreter."""
 
 import os
 
@@ -13,11 +13,11 @@ triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the same checks run compiled, in tests/gpu", allow_module_level=True)
 
-from logitcache_kernels.capture_reference import capture_reference
-from logitcache_kernels.capture_triton import capture_triton
+from capture_checks import assert_matches, peaked_logits  # noqa: E402
 
-from capture_checks import assert_matches, peaked_logits
-from logitcache_kernels import capture
+from logitcache_kernels import capture  # noqa: E402
+from logitcache_kernels.capture_reference import capture_reference  # noqa: E402
+from logitcache_kernels.capture_triton import capture_triton  # noqa: E402
 
 # numpy, which the interpreter computes with, warns where hardware gives the NaN that is meant.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -1,10 +1,11 @@
 """Capture of any row, by as many sweeps as it takes: the fallback of ``capture_sweep_triton``.
 
-Per row: one sweep for the largest logit and for NaN and infinities, one for the two partition functions
-and the entropy, one to count what is kept; where that is more than K, a binary search over the ordered
-bits of the Kth logit, at most 32 sweeps; one sweep to collect (ids in order, so that among equals the
-lower ids stay); one for the tail at all temperatures, scaled by the tail's own maximum. Nothing is ever
-subtracted, so no distribution is ill-conditioned, and a temperature may have any value.
+Per row: one sweep for the largest logit and for NaN and infinities, one for the two partition
+functions and the entropy, one to count what is kept; where that is more than K, a binary search
+over the ordered bits of the Kth logit, at most 32 sweeps; one sweep to collect (ids in order, so
+that among equals the lower ids stay); one for the tail at all temperatures, scaled by the tail's
+own maximum. Nothing is ever subtracted, so no distribution is ill-conditioned, and a temperature
+may have any value.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ def capture_careful(
                             live = ids < num_tokens
                             z = tl.load(z_row + ids, mask=live, other=float("-inf")).to(tl.float32)
                             inclusion, keep = _inclusion_block(
-                                z, ids, live, first, top, log_1, log_s, inverse_s, min_prob, threshold,
-                                key0, key1, SAMPLED,
+                                z, ids, live, first, top, log_1, log_s, inverse_s,
+                                min_prob, threshold, key0, key1, SAMPLED,
                             )  # fmt: skip
                             keep = keep & (ordered(z).to(tl.int64) >= middle)
                             above += tl.sum(keep.to(tl.int32), 0)

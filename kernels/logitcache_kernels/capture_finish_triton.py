@@ -1,8 +1,9 @@
 """What follows from the sweep of ``capture_triton``: the support and the statistics of each row.
 
-Small lists per row, hence long chains of short steps: many programs of a few warps hide each other's
-waits. A row that this cannot do exactly is left PENDING for ``capture_careful``. The candidates come in an
-order that may change from run to run: sums over them are taken in integers, which add up to the same.
+Small lists per row, hence long chains of short steps: many programs of a few warps hide each
+other's waits. A row that this cannot do exactly is left PENDING for ``capture_careful``. The
+candidates come in an order that may change from run to run: sums over them are taken in integers,
+which add up to the same.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _list_scores(
 def _other_bound(
     z_row, num_tokens, low, count, K: tl.constexpr, CAP: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
-    """Move the (ordered) bound until K to CAP logits of the row reach it; give it and their count."""
+    """Move the (ordered) bound until K to CAP logits of the row reach it; give it and the count."""
     nothing = tl.full((), -(2**31) + 1, tl.int32)
     floor = nothing
     high = low
@@ -119,7 +120,7 @@ def _other_bound(
         # Steps down that double, in ordered bits; then halving between too many and too few.
         if count < K:
             high = low
-            step = tl.full((), 1, tl.int32) << tl.minimum(turn + 16, 27)
+            step = tl.full((), 1, tl.int32) << tl.minimum(turn + 19, 27)
             down = tl.maximum(low, nothing + step) - step
             low = tl.where(floor == nothing, down, floor + (low - floor) // 2)
         else:
@@ -301,7 +302,7 @@ def capture_finish(
             found = tl.where(sound, found, 0)
         else:
             if sound & (found < K) & (tl.exp((clip - top) - log_1) >= min_prob):
-                low, _ = _other_bound(z_row, num_tokens, low, found, K, CANDIDATE_CAP, SIZE)
+                low, _ = _other_bound(z_row, num_tokens, low, found, K, CANDIDATE_CAP, 4 * SIZE)
                 tl.debug_barrier()
                 found = _read_row(
                     z_row, low, num_tokens, candidate_ptr, candidate_id_ptr, SIZE, CANDIDATE_CAP

@@ -1,4 +1,4 @@
-"""Pieces that both capture kernels are made of: uniforms, order-preserving keys, inclusion, ranking."""
+"""What the capture kernels share: uniforms, order-preserving keys, inclusion, ranking."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The one pass over memory of ``capture_triton``, where the mathematics stand.
 
-One program per row: a clip point from the first logits, then sums of powers and the few logits above
-it. All that a thread adds up stays in its registers until the row ends; nothing moves between threads in the loop.
+One program per row: a clip point from a sample of its logits, then sums of powers and the few
+logits above it. All that a thread adds up stays in its registers until the row ends; nothing moves
+between threads in the loop.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def _score(
         high = low
         low = low & 0xFFFF
     least = tl.minimum(low, high >> 16).to(tl.int32).to(tl.float32)
-    # A half of 0 stands for uniforms down to 2^-33: 2^-17 of a unit of the half. The bits
-    # of a float, read as a number, are its log2 from below (by at most 0.09): the score is bounded from above.
+    # A half of 0 stands for uniforms down to 2^-33: 2^-17 of a unit of the half. The bits of a
+    # float, read as a number, are its log2 from below (by at most 0.09): the score is bounded from
+    # above.
     bits = tl.maximum(least, 2.0**-17).to(tl.int32, bitcast=True)
     return (group - clip) * slope - tl.fma(bits.to(tl.float32), 2.0**-23, -127.0)
 
@@ -91,10 +93,10 @@ def _tile(
 @triton.jit(do_not_specialize=["start", "clip_rank"])
 def capture_sweep(
     z_ptr, stride, position_ptr, sums_ptr, group_ptr, listed_ptr, score_ptr,
-    num_tokens, num_segments, start, clip_rank,
+    num_tokens, num_segments, start, clip_rank, sample_step,
     SAMPLED: tl.constexpr, INVERSE_S: tl.constexpr,
     TURNS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    HEAD: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr,
+    SAMPLE: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr,
     GROUP_CAP: tl.constexpr,
 ):  # fmt: skip
     """Write a row's sums, its groups above the clip and its segments' scores.
@@ -111,10 +113,12 @@ def capture_sweep(
     tl.debug_barrier()
     lanes = tl.arange(0, LANES)
     key0, _ = row_keys(start, tl.load(position_ptr + row))
-    # The clip point: the largest but clip_rank - 1 of the head's GROUPS maxima.
-    head = tl.arange(0, HEAD)
-    head_z = tl.load(z_row + head, mask=head < num_tokens, other=float("-inf")).to(tl.float32)
-    maxima = tl.max(tl.reshape(head_z, [HEAD // GROUPS, GROUPS]), 0)
+    # The clip point: the largest but clip_rank - 1 of the maxima of GROUPS groups of a sample,
+    # runs of 1024 from all over the row (the first ids of a tokenizer are its commonest tokens).
+    sample = tl.arange(0, SAMPLE)
+    sample = (sample // 1024) * sample_step + sample % 1024
+    sample_z = tl.load(z_row + sample, mask=sample < num_tokens, other=float("-inf"))
+    maxima = tl.max(tl.reshape(sample_z.to(tl.float32), [SAMPLE // GROUPS, GROUPS]), 0)
     larger = tl.sum((maxima[:, None] > maxima[None, :]).to(tl.int32), 0)
     clip = tl.min(tl.where(larger < clip_rank, maxima, float("inf")), 0)
     sound = tl.abs(clip) < 1e5

@@ -1,34 +1,39 @@
 """Capture on a GPU: one read of the logits, R x V values of 2 or 4 bytes, and little else.
 
-Bytes per row: V * itemsize read; K * 12 + 44 written. Segment maxima (and, for "sampled", scores), V / 32
-numbers each, and the candidates go through a scratch that stays in L2, as do re-read segments.
+Bytes per row: V * itemsize read, K * 12 + 44 written. Between the two kernels go some hundred
+group numbers (4 bytes each) and, for "sampled", V / 32 scores of 2 bytes, written once and read
+once.
 
-Mathematics. Let z be a row's logits. All sums are taken over logits *clipped* at c, a value that some tens
-of the row exceed (found among the maxima of 32 groups of the first 8192).
-With u = exp((min(z, c) - c) / 12), one exponential,
+Mathematics. Let z be a row's logits. All sums are taken over logits *clipped* at c, a value that
+one or two hundred logits of the row exceed (chosen among the maxima of 64 groups of a sample).
+With u = exp((min(z, c) - c) / 12), one exponential, for T = 0.5, 1, 1.5, 2, 3, 4
 
-    A_T = sum_v exp((min(z_v, c) - c) / T) = sum u^24, u^12, u^8, u^6, u^4, u^3  for T = 0.5, 1, 1.5, 2, 3, 4
+    A_T = sum_v exp((min(z_v, c) - c) / T) = sum u^24, u^12, u^8, u^6, u^4, u^3
     h   = sum_v u^12 log u^12
 
-can neither overflow nor need a rescale. Each of the n logits above c adds exactly 1 to A_T. They are listed
-afterwards one by one, which gives, with m the largest logit,
+can neither overflow nor need a rescale. Each of the n logits above c adds exactly 1 to A_T. They
+are read again one by one, which gives, with m the largest logit,
 
-    Z_T  = sum_{z > c} exp((z - m) / T) + exp((c - m) / T) (A_T - n),      log-partition  m / T + log Z_T
+    Z_T  = sum_{z > c} e^{(z - m) / T} + e^{(c - m) / T} (A_T - n),        lse_T = m / T + log Z_T
     H    = log Z_1 - (1 / Z_1) [sum_{z > c} e^{z - m} (z - m) + e^{c - m} ((A_1 - n)(c - m) + h)]
-    G(T) = c / T - lse_1 / T + log(A_T - n + sum_{z > c, not certain} - sum_{z <= c, certain} e^{(z - c)/T})
+    G(T) = (c - lse_1) / T + log(A_T - n + in - out)
+    in   = sum_{z > c, not certain} e^{(z - c) / T},    out = sum_{z <= c, certain} e^{(z - c) / T}
 
-Large entries never enter the sums, so subtracting what is certain costs few digits. Where it would cost
-more than two (the tail under 1 % of A_T), and wherever else a row does not fit, as with NaN, infinities,
-hundreds of ties at the Kth place or a list that overflows, the row is left to ``capture_careful``, which
-subtracts nothing and takes as many sweeps as it needs; a launch that finds nothing to do costs microseconds.
+The large entries are 1 in the sums whatever their size, so a tail of 1e-9 beside a top of 1 loses
+no digits to them. Where it still would lose two (the tail under 1 % of A_T), and wherever else a
+row does not fit (NaN, infinities, a list that overflows), it is left to ``capture_careful``, which
+subtracts nothing and takes as many sweeps as it needs.
 
-Finding what to list. A *segment* is what one thread holds of a tile: 32 logits, whose maximum costs no
-exchange between threads. Only segments whose maximum is at least a bound can hold candidates; there are
-at least K of them when K maxima reach the bound. "sampled": an entry is kept if its uniform number U < r(v) /
-threshold with r = max(p, p^S), and the partition functions are known only at the end of the row. So
-each group of 8 ids writes the score log2 exp((max z - c) / S) - log2(min U): the segment can hold a kept
-entry only if its largest score reaches log2(threshold) + log2 of the partition function. Entries with p > p^S
-are among the largest logits. Every listed entry is then tested in the oracle's own arithmetic.
+Finding what to list. Each group of 8 logits that a thread reads at once has its maximum compared
+with c; the few above are noted with an atomic counter. Their order may change from run to run:
+what is summed over them is summed in integers, and what is written is ranked.
+
+"sampled": an entry is kept if its uniform number U < r(v) / threshold, r = max(p, p^S), but the
+partition functions are known only at the end of the row. So each group is scored by an upper bound
+of log2 exp((z - c) / S) / U over its ids, from the largest z and the smallest U in it, and each
+segment of 32 ids keeps its best score. Below c, r(z) <= max(p(c), p^S(c)) exp((z - c) / S): a
+segment can hold a kept entry only if its score reaches log2(threshold / max(p(c), p^S(c))). Every
+entry of such a segment is then tested in the oracle's own arithmetic.
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ from .types import TEMPERATURES, Capture
 from .uniform import PAIR_STEP
 
 _SWEEP_S = (1.0, 1.5, 2.0, 3.0, 4.0)  # sample temperatures whose sum the sweep has anyway
-_HEAD, _GROUPS = 8192, 32
+_SAMPLE_LEAST, _RUN, _GROUPS = 8192, 1024, 64
 _SEGMENT = 32  # logits whose maximum is kept
 _SEGMENT_CAP, _GROUP_CAP = 1024, 1024
 # Neighbours of a type are this far apart in the ordered bits of fp32.
@@ -81,12 +86,20 @@ def _grid_tensors(
     return torch.tensor(grid, dtype=torch.float32, device=device), columns
 
 
-def _clip_rank(num_tokens: int, wanted: int) -> int:
-    """Which of the head's group maxima about ``wanted`` logits of the row exceed.
+def _sample(num_tokens: int) -> tuple[int, int]:
+    """Size of the sample of a row, a power of two from 8192 on, and the distance of its runs."""
+    size = max(_SAMPLE_LEAST, triton.next_power_of_2(num_tokens // 12))
+    # A multiple of 16, so that loads stay vectors; runs of a short row follow each other.
+    return size, max((num_tokens - _RUN) // (size // _RUN - 1) // 16 * 16, _RUN)
 
-    The jth largest of G group maxima has a rank of about -G log(1 - j / G) among the head's logits.
+
+def _clip_rank(num_tokens: int, wanted: int) -> int:
+    """Which of the sample's group maxima about ``wanted`` logits of the row exceed.
+
+    The jth largest of G group maxima has a rank of about -G log(1 - j / G) among the sample. That
+    rank is 20 to 30 at large V, so that of a million rows about one has fewer than a third of it.
     """
-    rank = wanted * min(_HEAD / num_tokens, 1.0)
+    rank = wanted * min(_sample(num_tokens)[0] / num_tokens, 1.0)
     return min(max(round(_GROUPS * -math.expm1(-rank / _GROUPS)), 2), _GROUPS - 1)
 
 
@@ -165,19 +178,21 @@ def capture_triton(
         listed_R = new(num_rows, dtype=torch.int32)
         score = new(num_rows, num_segments, dtype=torch.bfloat16) if sampled else None
         inverse_s = 1 / sample_temperature if sampled else 1.0
+        sample_size, sample_step = _sample(num_tokens)
         capture_sweep[(num_rows,)](
             *(logits_RV, logits_RV.stride(0), position_ids_R, sums, groups, listed_R, score),
             num_tokens,
             num_segments,
             start,
-            _clip_rank(num_tokens, 200 if sampled else 40 + kept * 2),
+            _clip_rank(num_tokens, 200 if sampled else 100 + 2 * kept),
+            sample_step,
             SAMPLED=sampled,
             INVERSE_S=inverse_s,
             TURNS=_SEGMENT // vector // parts,
             PARTS=parts,
             LANES=num_lanes,
             VECTOR=vector,
-            HEAD=_HEAD,
+            SAMPLE=sample_size,
             GROUPS=_GROUPS,
             GROUP_CAP=_GROUP_CAP,
             PACKED=not interpreted and torch.cuda.get_device_capability(device) >= (9, 0),

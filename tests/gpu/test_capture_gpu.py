@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 from capture_checks import assert_matches, peaked_logits
+
 from logitcache_kernels import capture
 from logitcache_kernels.capture_reference import capture_reference
 from logitcache_kernels.capture_triton import capture_triton
