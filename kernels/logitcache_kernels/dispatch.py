@@ -26,7 +26,8 @@ def choose_impl(impl: str, tensor: torch.Tensor) -> str:
     _one_of("impl", impl, ("auto", "triton", "eager"))
     if impl == "eager":
         return "eager"
-    installed = importlib.util.find_spec("triton") is not None
+    # torch.compile can trace neither this look nor the one at the interpreter, and needs Triton.
+    installed = torch.compiler.is_compiling() or importlib.util.find_spec("triton") is not None
     fits = tensor.dtype in _TRITON_DTYPES
     if impl == "auto":
         return "triton" if installed and fits and tensor.is_cuda else "eager"
@@ -37,7 +38,6 @@ def choose_impl(impl: str, tensor: torch.Tensor) -> str:
             'impl="triton": expected float32, bfloat16 or float16, '
             f'found {tensor.dtype}; use "auto" or "eager"'
         )
-    # torch.compile cannot trace the look at the interpreter; the kernel itself refuses a CPU then.
     if not tensor.is_cuda and not torch.compiler.is_compiling() and not _interpreted():
         raise ValueError(
             f'impl="triton": expected a CUDA tensor, found one on {tensor.device}; use "auto" or '

@@ -32,14 +32,14 @@ INTERPRETED = (
 
 
 class RowConfig(NamedTuple):
-    """How a row is swept: tiles kept in registers, elements of a tile, and how programs share it."""
+    """How a row is swept: elements of a tile, how programs share the device, what L2 is to keep."""
 
-    resident: int
     block: int
     warps: int
     per_multiprocessor: float
     stages: int = 1
     registers: int | None = None  # at most, a thread
+    late: int = 1024  # tiles at the end of a row that L2 is to keep; 1024 is all
 
 
 class Row(NamedTuple):
@@ -56,14 +56,14 @@ class Row(NamedTuple):
 def choose_config(vocab_size: int, element_size: int) -> RowConfig:
     """The fastest of a sweep on an H200 (docs/kernels.md); frozen, as tuning in place corrupts."""
     if INTERPRETED:
-        return RowConfig(2, 64, 4, 1)
+        return RowConfig(64, 4, 1, late=2)
     if element_size > 2:
-        return RowConfig(1, 4096, 8, 2, stages=3, registers=128)
+        return RowConfig(4096, 8, 2, stages=3, registers=128)
     if vocab_size <= 65536:
-        return RowConfig(1, 2048, 4, 5, stages=5, registers=96)
+        return RowConfig(4096, 4, 5, stages=4, registers=96)
     if vocab_size <= 200000:
-        return RowConfig(1, 8192, 8, 2, stages=3, registers=128)
-    return RowConfig(1, 16384, 16, 1, stages=4, registers=128)
+        return RowConfig(8192, 8, 2, stages=3, registers=128)
+    return RowConfig(16384, 16, 1, stages=4, registers=128)
 
 
 def taboo_list(
@@ -207,7 +207,7 @@ def launch(
         SOFTCAP=softcap is not None,
         OUT=out,
         HAS_INDEX=index_R is not None,
-        NRES=config.resident,
+        LATE=config.late,
         BLOCK=config.block,
         STAGES=config.stages,
         OPAQUE=not INTERPRETED,

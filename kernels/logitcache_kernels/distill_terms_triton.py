@@ -1,4 +1,4 @@
-"""Pieces of the row kernel: powers of the student, terms of a divergence, sweeps over a row."""
+"""Pieces of the row kernel: the student's powers, a teacher's target, terms of a divergence."""
 
 from __future__ import annotations
 
@@ -59,77 +59,6 @@ def powers(z, shift, unit, inv_T, MODE: tl.constexpr):
             e_T = u
             e_1 = (u * u) * (u * u)
     return e_T, e_1
-
-
-@triton.jit
-def dense_gradient(raw, shift, unit, inv_T, cap, a, c, MODE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """a exp((z - m)/T) + c exp(z - m), through the cap."""
-    z = logit(raw, cap, SOFTCAP)
-    if MODE == 5:
-        e_T, e_1 = powers(z, shift, unit, inv_T, MODE)
-        g = e_T * a + e_1 * c
-    else:
-        u = tl.exp2(z * unit - shift)
-        if MODE == 0:
-            g = u * (a + c)
-        elif MODE == 1:
-            g = (u * u) * (a + c * u)
-        elif MODE == 2:
-            g = u * (a + c * u)
-        elif MODE == 3:
-            g = u * (a + c * (u * u))
-        else:
-            g = u * (a + c * (u * u * u))
-    return g * slope(z, cap, SOFTCAP)
-
-
-@triton.jit
-def again(x, OPAQUE: tl.constexpr):
-    """The same values, as something the compiler knows nothing of.
-
-    Without it, conversions to float32 and exponentials made in the first sweep are kept for the
-    second, at 4 bytes and more an element; the 16-bit values alone are half of that.
-    """
-    if OPAQUE:
-        if x.dtype.primitive_bitwidth == 16:
-            y = tl.inline_asm_elementwise(
-                "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
-            )
-        else:
-            y = tl.inline_asm_elementwise(
-                "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1
-            )
-    else:
-        y = x
-    return y
-
-
-@triton.jit
-def by_eight(x, BLOCK: tl.constexpr):
-    """Sums of eight neighbours: what one thread loads at once, so an eighth of the accumulators."""
-    return tl.sum(tl.reshape(x, [BLOCK // 8, 8]), 1)
-
-
-@triton.jit
-def guarded_sums(row, V, m0, unit, inv_T, cap, SOFTCAP: tl.constexpr,
-                 MODE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The safe way: the row's own maximum first. Gives sums at T and 1, the maximum, the shift."""
-    at = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, V, BLOCK):
-        raw = tl.load(row + start + at, mask=start + at < V, other=float("-inf")).to(tl.float32)
-        top = tl.maximum(top, logit(raw, cap, SOFTCAP))
-    m = tl.maximum(tl.max(top, 0), m0)
-    m = tl.where(m == float("-inf"), 0.0, m)
-    shift = m * unit
-    acc_T = tl.zeros([BLOCK], tl.float32)
-    acc_1 = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        raw = tl.load(row + start + at, mask=start + at < V, other=float("-inf")).to(tl.float32)
-        e_T, e_1 = powers(logit(raw, cap, SOFTCAP), shift, unit, inv_T, MODE)
-        acc_T += e_T
-        acc_1 += e_1
-    return tl.sum(acc_T, 0), tl.sum(acc_1, 0), m
 
 
 @triton.jit

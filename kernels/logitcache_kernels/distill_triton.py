@@ -33,24 +33,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .distill_terms_triton import (
-    FLOOR,
-    again,
-    by_eight,
-    dense_gradient,
-    guarded_sums,
-    logit,
-    powers,
-    slope,
-    target,
-    terms,
+from .distill_sweeps_triton import copy_row, first_sweep, guarded_sums, second_sweep, zero_row
+from .distill_taboo_triton import (
+    taboo_divergence,
+    taboo_flags,
+    taboo_gather,
+    taboo_gradient,
+    taboo_leave_out,
+    taboo_sums,
+    taboo_top,
 )
+from .distill_terms_triton import FLOOR, logit, powers, slope, target, terms
 from .gate_triton import (
     agreement,
     confidences,
     decide,
     gold_label,
-    load_ids,
     load_teacher,
     match,
     sum2,
@@ -58,22 +56,6 @@ from .gate_triton import (
 
 # A sum above this is taken again with a better shift: its reciprocal would near fp32's smallest.
 _LARGEST_SUM = tl.constexpr(1e18)
-
-
-@triton.jit
-def _zero_row(row, V, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    zeros = tl.zeros([BLOCK], row.dtype.element_ty)
-    for start in range(0, V, BLOCK):
-        tl.store(row + start + at, zeros, mask=start + at < V, cache_modifier=".cs")
-
-
-@triton.jit
-def _copy_row(source, row, V, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    for start in range(0, V, BLOCK):
-        raw = tl.load(source + start + at, mask=start + at < V, eviction_policy="evict_first")
-        tl.store(row + start + at, raw.to(row.dtype.element_ty), mask=start + at < V)
 
 
 @triton.jit
@@ -96,14 +78,11 @@ def distill_kernel(
     HAS_R: tl.constexpr, MODE: tl.constexpr, SOFTCAP: tl.constexpr,
     OUT: tl.constexpr,  # 0 in place, 1 gradient elsewhere, 2 no gradient (work has a row a program)
     HAS_INDEX: tl.constexpr,  # logits row i belongs to position index[i]
-    NRES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, OPAQUE: tl.constexpr,
+    LATE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, OPAQUE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
     minus_inf = float("-inf")
     per_item = tl.load(per_item_ptr)
-    streamed = tl.maximum(tl.cdiv(V - NRES * BLOCK, BLOCK), 0)
-    at0 = streamed * BLOCK + at
     if TABOO == 1:
         slots = taboo_logits_ptr + program.to(tl.int64) * (tl.cdiv(NT, TB) * TB)
     for i in range(program, num_rows, tl.num_programs(0)):
@@ -160,7 +139,7 @@ def distill_kernel(
             tl.store(kd_ptr + position, 0.0)
             tl.store(ce_ptr + position, 0.0)
             if OUT != 2:
-                _zero_row(row, V, BLOCK)
+                zero_row(row, V, BLOCK)
         else:
             # The entries that are left out of the sweep: gather, then overwrite by -inf.
             z1 = tl.load(source + ids1, mask=ids1 >= 0, other=minus_inf).to(tl.float32)
@@ -179,39 +158,31 @@ def distill_kernel(
             z_gold = tl.load(source + gold, mask=gold >= 0, other=minus_inf).to(tl.float32)
             z_gold = logit(z_gold, cap, SOFTCAP)
             if TABOO:
-                for start in range(0, NT, TB):
-                    first = position * taboo_stride + start
-                    taboo = load_ids(taboo_ptr, first, position * taboo_stride + NT, V, TB, -3)
-                    equal1 = (ids1[:, None] == taboo[None, :]).to(tl.int32)
-                    taboo1 = taboo1 | (tl.max(equal1, 1) > 0)
-                    listed = tl.max(equal1, 0)
-                    if TEACHERS == 2:
-                        equal2 = (ids2[:, None] == taboo[None, :]).to(tl.int32)
-                        taboo2 = taboo2 | (tl.max(equal2, 1) > 0)
-                        used2 = tl.where(use2, 1, 0)
-                        listed = tl.maximum(listed, tl.max(equal2 * used2[:, None], 0))
-                    if TABOO == 1:  # those that are in no list, for later
-                        z_taboo = tl.load(
-                            source + taboo, mask=(taboo >= 0) & (listed == 0), other=minus_inf
-                        ).to(tl.float32)
-                        z_taboo = logit(z_taboo, cap, SOFTCAP)
-                        tl.store(slots + start + tl.arange(0, TB), z_taboo)
-                if TABOO == 2:
+                first_taboo = position * taboo_stride
+                last_taboo = first_taboo + NT
+                taboo1 = taboo_flags(ids1, taboo_ptr, first_taboo, last_taboo, V, KP, TB)
+                used = ids1
+                if TEACHERS == 2:
+                    taboo2 = taboo_flags(ids2, taboo_ptr, first_taboo, last_taboo, V, KP, TB)
+                    used = tl.where(use2, ids2, -9)
+                if TABOO == 1:
+                    taboo_gather(
+                        source, slots, ids1, used, taboo_ptr, first_taboo, last_taboo, V, cap,
+                        SOFTCAP, TB,
+                    )  # fmt: skip
+                else:
                     z1 = tl.where(taboo1, minus_inf, z1)
                     if TEACHERS == 2:
                         z2 = tl.where(taboo2, minus_inf, z2)
             if OUT != 0:
-                _copy_row(source, row, V, BLOCK)
+                copy_row(source, row, V, BLOCK)
             tl.debug_barrier()
             tl.store(row + ids1, minus_inf, mask=ids1 >= 0)
             if TEACHERS == 2:
                 tl.store(row + ids2, minus_inf, mask=use2)
             tl.store(row + gold, minus_inf, mask=gold_alone)
             if TABOO:
-                for start in range(0, NT, TB):
-                    first = position * taboo_stride + start
-                    taboo = load_ids(taboo_ptr, first, position * taboo_stride + NT, V, TB, -3)
-                    tl.store(row + taboo, minus_inf, mask=taboo >= 0)
+                taboo_leave_out(row, taboo_ptr, first_taboo, last_taboo, V, TB)
             tl.debug_barrier()
 
             # First sweep.
@@ -222,58 +193,9 @@ def distill_kernel(
             has_shift = gathered_top > minus_inf
             m = tl.where(has_shift, gathered_top, 0.0)
             shift = m * unit
-            acc_T = tl.zeros([BLOCK // 8], tl.float32)
-            acc_1 = tl.zeros([BLOCK // 8], tl.float32)
-            for b in tl.range(0, streamed, num_stages=STAGES):
-                raw = tl.load(row + b * BLOCK + at, eviction_policy="evict_last").to(tl.float32)
-                e_T, e_1 = powers(logit(raw, cap, SOFTCAP), shift, unit, inv_T, MODE)
-                acc_T += by_eight(e_T, BLOCK)
-                if MODE != 0:
-                    acc_1 += by_eight(e_1, BLOCK)
-            held0 = tl.load(
-                row + at0, mask=at0 < V, other=minus_inf,
-                eviction_policy="evict_first",
-            )  # fmt: skip
-            if NRES > 1:
-                held1 = tl.load(
-                    row + at0 + BLOCK, mask=at0 + BLOCK < V, other=minus_inf,
-                    eviction_policy="evict_first",
-                )  # fmt: skip
-            if NRES > 2:
-                held2 = tl.load(
-                    row + at0 + 2 * BLOCK, mask=at0 + 2 * BLOCK < V, other=minus_inf,
-                    eviction_policy="evict_first",
-                )  # fmt: skip
-            if NRES > 3:
-                held3 = tl.load(
-                    row + at0 + 3 * BLOCK, mask=at0 + 3 * BLOCK < V, other=minus_inf,
-                    eviction_policy="evict_first",
-                )  # fmt: skip
-            e_T, e_1 = powers(logit(held0.to(tl.float32), cap, SOFTCAP), shift, unit, inv_T, MODE)
-            acc_T += by_eight(e_T, BLOCK)
-            if MODE != 0:
-                acc_1 += by_eight(e_1, BLOCK)
-            if NRES > 1:
-                e_T, e_1 = powers(
-                    logit(held1.to(tl.float32), cap, SOFTCAP), shift, unit, inv_T, MODE
-                )
-                acc_T += by_eight(e_T, BLOCK)
-                if MODE != 0:
-                    acc_1 += by_eight(e_1, BLOCK)
-            if NRES > 2:
-                e_T, e_1 = powers(
-                    logit(held2.to(tl.float32), cap, SOFTCAP), shift, unit, inv_T, MODE
-                )
-                acc_T += by_eight(e_T, BLOCK)
-                if MODE != 0:
-                    acc_1 += by_eight(e_1, BLOCK)
-            if NRES > 3:
-                e_T, e_1 = powers(
-                    logit(held3.to(tl.float32), cap, SOFTCAP), shift, unit, inv_T, MODE
-                )
-                acc_T += by_eight(e_T, BLOCK)
-                if MODE != 0:
-                    acc_1 += by_eight(e_1, BLOCK)
+            acc_T, acc_1, held = first_sweep(
+                row, V, shift, unit, inv_T, cap, MODE, SOFTCAP, LATE, BLOCK, STAGES
+            )
             if MODE != 0:
                 rest_T, rest_1 = sum2(acc_T, acc_1)
             else:
@@ -282,31 +204,18 @@ def distill_kernel(
             taboo_T = 0.0
             taboo_1 = 0.0
             if TABOO == 1:
-                for start in range(0, NT, TB):
-                    e_T, e_1 = powers(
-                        tl.load(slots + start + tl.arange(0, TB)), shift, unit, inv_T, MODE
-                    )
-                    taboo_T += tl.sum(e_T, 0)
-                    taboo_1 += tl.sum(e_1, 0)
+                taboo_T, taboo_1 = taboo_sums(slots, NT, shift, unit, inv_T, MODE, TB)
             small = (rest_T + taboo_T < _LARGEST_SUM) & (rest_1 + taboo_1 < _LARGEST_SUM)
             if (small & has_shift) == 0:
                 top = gathered_top
                 if TABOO == 1:
-                    for start in range(0, NT, TB):
-                        top = tl.maximum(top, tl.max(tl.load(slots + start + tl.arange(0, TB)), 0))
+                    top = tl.maximum(top, taboo_top(slots, NT, TB))
                 rest_T, rest_1, m = guarded_sums(
                     row, V, top, unit, inv_T, cap, SOFTCAP, MODE, BLOCK // 4
                 )
                 shift = m * unit
                 if TABOO == 1:
-                    taboo_T = 0.0
-                    taboo_1 = 0.0
-                    for start in range(0, NT, TB):
-                        e_T, e_1 = powers(
-                            tl.load(slots + start + tl.arange(0, TB)), shift, unit, inv_T, MODE
-                        )
-                        taboo_T += tl.sum(e_T, 0)
-                        taboo_1 += tl.sum(e_1, 0)
+                    taboo_T, taboo_1 = taboo_sums(slots, NT, shift, unit, inv_T, MODE, TB)
 
             # The student at the gathered entries, and in total.
             q1, n1 = powers(z1, shift, unit, inv_T, MODE)
@@ -410,17 +319,12 @@ def distill_kernel(
                     b_sum += b2
                 value, b_sum = sum2(value, b_sum)
                 if TABOO == 1 and KIND != 0:
-                    for start in range(0, NT, TB):
-                        z = tl.load(slots + start + tl.arange(0, TB))
-                        q, _ = powers(z, shift, unit, inv_T, MODE)
-                        log_q = (z - m) * inv_T - log_sum_T - log_inside
-                        log_q = tl.where(z != minus_inf, log_q, 0.0)
-                        vt, bt = terms(
-                            tl.zeros([TB], tl.float32), q * (per_T * per_inside), log_q, 1.0,
-                            jsd_beta, KIND,
-                        )  # fmt: skip
-                        value += tl.sum(vt, 0)
-                        b_sum += tl.sum(bt, 0)
+                    vt, bt = taboo_divergence(
+                        slots, NT, shift, unit, m, inv_T, per_T, log_sum_T + log_inside, per_inside,
+                        jsd_beta, MODE, KIND, TB,
+                    )  # fmt: skip
+                    value += vt
+                    b_sum += bt
                 if TAIL == 0:
                     tail_alive = tl.where(rest_T >= FLOOR, 1.0, 0.0)
                     log_tail = tl.log(tl.maximum(rest_T, FLOOR))
@@ -512,51 +416,10 @@ def distill_kernel(
                 a = dense * per_T
                 c = scale_c * per_1
                 tl.debug_barrier()
-                g = dense_gradient(
-                    again(held0, OPAQUE).to(tl.float32),
-                    shift,
-                    unit,
-                    inv_T,
-                    cap,
-                    a,
-                    c,
-                    MODE,
-                    SOFTCAP,
-                )
-                tl.store(row + at0, g.to(row.dtype.element_ty), mask=at0 < V, cache_modifier=".cs")
-                if NRES > 1:
-                    g = dense_gradient(
-                        again(held1, OPAQUE).to(tl.float32), shift, unit, inv_T, cap, a, c, MODE,
-                        SOFTCAP,
-                    )  # fmt: skip
-                    tl.store(
-                        row + at0 + BLOCK, g.to(row.dtype.element_ty), mask=at0 + BLOCK < V,
-                        cache_modifier=".cs",
-                    )  # fmt: skip
-                if NRES > 2:
-                    g = dense_gradient(
-                        again(held2, OPAQUE).to(tl.float32), shift, unit, inv_T, cap, a, c, MODE,
-                        SOFTCAP,
-                    )  # fmt: skip
-                    tl.store(
-                        row + at0 + 2 * BLOCK, g.to(row.dtype.element_ty),
-                        mask=at0 + 2 * BLOCK < V, cache_modifier=".cs",
-                    )  # fmt: skip
-                if NRES > 3:
-                    g = dense_gradient(
-                        again(held3, OPAQUE).to(tl.float32), shift, unit, inv_T, cap, a, c, MODE,
-                        SOFTCAP,
-                    )  # fmt: skip
-                    tl.store(
-                        row + at0 + 3 * BLOCK, g.to(row.dtype.element_ty),
-                        mask=at0 + 3 * BLOCK < V, cache_modifier=".cs",
-                    )  # fmt: skip
-                for b in tl.range(0, streamed, num_stages=STAGES):
-                    # Backwards: what was read last is what L2 still has.
-                    here = row + (streamed - 1 - b) * BLOCK + at
-                    raw = tl.load(here, eviction_policy="evict_first").to(tl.float32)
-                    g = dense_gradient(raw, shift, unit, inv_T, cap, a, c, MODE, SOFTCAP)
-                    tl.store(here, g.to(row.dtype.element_ty), cache_modifier=".cs")
+                second_sweep(
+                    row, held, V, shift, unit, inv_T, cap, a, c, MODE, SOFTCAP, LATE, BLOCK, STAGES,
+                    OPAQUE,
+                )  # fmt: skip
                 tl.debug_barrier()
                 behind_gold = -scale_c * others * per_1  # scale_c (q' - 1), without cancellation
                 g1 += tl.where(in1, behind_gold, scale_c * n1 * per_1)
@@ -570,25 +433,10 @@ def distill_kernel(
                 g_gold = g_gold * slope(z_gold, cap, SOFTCAP)
                 tl.store(row + gold, g_gold.to(row.dtype.element_ty), mask=gold_alone)
                 if TABOO == 1:
-                    for start in range(0, NT, TB):
-                        first = position * taboo_stride + start
-                        taboo = load_ids(taboo_ptr, first, position * taboo_stride + NT, V, TB, -3)
-                        z = tl.load(slots + start + tl.arange(0, TB))
-                        q, n = powers(z, shift, unit, inv_T, MODE)
-                        q = q * per_T
-                        g = scale_c * n * per_1 - taboo_slope * q
-                        if KIND != 0:
-                            log_q = (z - m) * inv_T - log_sum_T - log_inside
-                            log_q = tl.where(z != minus_inf, log_q, 0.0)
-                            _, bt = terms(
-                                tl.zeros([TB], tl.float32), q * per_inside, log_q, 1.0, jsd_beta,
-                                KIND,
-                            )  # fmt: skip
-                            g += scale_d * bt
-                        g = g * slope(z, cap, SOFTCAP)
-                        tl.store(
-                            row + taboo, g.to(row.dtype.element_ty),
-                            mask=(taboo >= 0) & (z != minus_inf),
-                        )  # fmt: skip
+                    taboo_gradient(
+                        row, slots, taboo_ptr, first_taboo, last_taboo, V, shift, unit, m, inv_T,
+                        per_T, c, scale_d, taboo_slope, log_sum_T + log_inside, per_inside,
+                        jsd_beta, cap, MODE, KIND, SOFTCAP, TB,
+                    )  # fmt: skip
             if (TABOO == 1) or (OUT == 2):
                 tl.debug_barrier()  # the scratch is used again by the next row

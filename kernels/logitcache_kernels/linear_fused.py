@@ -52,11 +52,15 @@ class Head(NamedTuple):
     product_dtype: torch.dtype  # of the operands of all three products
 
 
-def choose_chunk(num_rows: int, vocab_size: int, element_size: int, device: torch.device) -> int:
-    """Positions per chunk: few equal chunks that fit the memory set aside for their logits."""
-    room = _CHUNK_BYTES
-    if device.type == "cuda":
-        room = min(room, int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_FREE))
+def _room(device: torch.device) -> int:
+    """Bytes that a chunk's logits may take."""
+    if device.type != "cuda":
+        return _CHUNK_BYTES
+    return min(_CHUNK_BYTES, int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_FREE))
+
+
+def choose_chunk(num_rows: int, vocab_size: int, element_size: int, room: int) -> int:
+    """Positions per chunk: few equal chunks whose logits fit into room bytes."""
     most = max(room // (vocab_size * element_size), _ROW_MULTIPLE)
     chunks = triton.cdiv(max(num_rows, 1), most)
     return triton.cdiv(triton.cdiv(max(num_rows, 1), chunks), _ROW_MULTIPLE) * _ROW_MULTIPLE
@@ -176,7 +180,7 @@ class _Linear(torch.autograd.Function):
                 _product(grad_weight, gradient.T, hidden, int(start > 0), head.scale)
             if wants[2]:
                 grad_bias += head.scale * gradient.sum(0, dtype=torch.float32)
-        del buffer
+        buffer = logits = gradient = hidden = None  # before dW is copied to its dtype
         if wants[1]:
             grad_weight = grad_weight.to(weight_VD.dtype)
         if wants[2]:
@@ -208,11 +212,11 @@ def linear_distill_loss_fused(
     """See ``linear_distill_loss``; hidden states in float32, bfloat16 or float16."""
     vocab_size = weight_VD.shape[0]
     strategy_R, js_R, weight_R = gate(row, vocab_size)
+    room = 0 if chunk is not None else _room(hidden_RD.device)  # while the gate runs
     index_R = _kept(strategy_R)
     num_rows = len(hidden_RD) if index_R is None else len(index_R)
     if chunk is None:
-        size = head.logits_dtype.itemsize
-        chunk = choose_chunk(num_rows, vocab_size, size, hidden_RD.device)
+        chunk = choose_chunk(num_rows, vocab_size, head.logits_dtype.itemsize, room)
     if not torch.is_grad_enabled():
         hidden_RD, weight_VD = hidden_RD.detach(), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()

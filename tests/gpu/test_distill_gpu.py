@@ -197,7 +197,7 @@ def test_9_nothing_waits_for_the_gpu_and_a_graph_captures_it():
     logits_RV, teachers, labels_R = case()
     spec = DistillSpec()
     expected, gradient_RV = run(logits_RV, teachers, labels_R, spec, inplace=True)
-    static_RV = logits_RV.clone().requires_grad_()
+    static_RV = logits_RV.clone()
     taboo_ids = torch.tensor([5, 7], device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -213,11 +213,11 @@ def test_9_nothing_waits_for_the_gpu_and_a_graph_captures_it():
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = distill_loss(static_RV, teachers, labels_R, spec, inplace=True)
-        (captured_RV,) = torch.autograd.grad(output.loss, static_RV)
+        leaf_RV = static_RV.detach().requires_grad_()  # the same memory
+        output = distill_loss(leaf_RV, teachers, labels_R, spec, inplace=True)
+        (captured_RV,) = torch.autograd.grad(output.loss, leaf_RV)
     for _ in range(2):
-        with torch.no_grad():
-            static_RV.copy_(logits_RV)
+        static_RV.copy_(logits_RV)
         graph.replay()
     assert torch.equal(output.loss, expected.loss)
     assert torch.equal(captured_RV, gradient_RV)
@@ -361,12 +361,22 @@ def test_linear_loss_of_nothing_and_inside_a_graph():
     nothing.loss.backward()
     assert nothing.loss == 0
     assert not weight_VD.grad.any()
-    expected = linear_distill_loss(hidden_RD, weight_VD, teachers, labels_R, DistillSpec())
-    expected_grads = torch.autograd.grad(expected.loss, (hidden_RD, weight_VD))
+
+    def step():
+        # Leaves of its own: autograd would wait for the stream that older ones were made on.
+        leaves = [x.detach().requires_grad_() for x in (hidden_RD, weight_VD)]
+        output = linear_distill_loss(*leaves, teachers, labels_R, DistillSpec())
+        return output, torch.autograd.grad(output.loss, leaves)
+
+    expected, expected_grads = step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = linear_distill_loss(hidden_RD, weight_VD, teachers, labels_R, DistillSpec())
-        grads = torch.autograd.grad(output.loss, (hidden_RD, weight_VD))
+        output, grads = step()
     graph.replay()
     torch.testing.assert_close(output.loss, expected.loss)
     for one, other in zip(grads, expected_grads, strict=True):
