@@ -81,7 +81,8 @@ def build(
             _delete(config.out)
         with lock(config.out / "create.lock", wait=True):  # workers that start at once
             store = _open_or_create(config.out, planned)
-        for part, shards in _work(store, planned, config).items():
+        work = _work(store, planned, config)
+        for part, shards in work.items():
             if part == "rows":
                 for shard in shards:
                     write_rows(store, planned.rows, shard)
@@ -99,7 +100,8 @@ def build(
                         "run the same command again to continue",
                     )
             run.close()
-        _write_record(config, time.monotonic() - started)
+        if any(work.values()):
+            _write_record(config, time.monotonic() - started)
     return load_store(config.out)
 
 

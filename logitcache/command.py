@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -101,6 +102,8 @@ def run_group(group: click.Group, name: str) -> NoReturn:
     except click.exceptions.Exit as error:
         code = error.exit_code
     except click.ClickException as error:  # wrong flags: 2
+        if "--json" in sys.argv:
+            _print_error(error.format_message(), None, error.exit_code)
         error.show()
         code = error.exit_code
     except click.exceptions.Abort:
@@ -154,9 +157,15 @@ def _fail(error: BaseException, options: Options) -> NoReturn:
 
         traceback.print_exception(error)
     if options.as_json:
-        click.echo(json.dumps({"error": message, "hint": hint, "exit_code": code}, indent=1))
+        _print_error(message, hint, code)
     click.echo(f"error: {message}" + (f"\n  next: {hint}" if hint else ""), err=True)
     raise click.exceptions.Exit(code)
+
+
+def _print_error(message: str, hint: str | None, code: int) -> None:
+    """The one JSON document of a command that failed; under torchrun it is rank 0's to print."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(json.dumps({"error": message, "hint": hint, "exit_code": code}, indent=1))
 
 
 @contextlib.contextmanager
@@ -169,13 +178,21 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    asked: list[int] = []
+    asked: list[float] = []
+    owner = os.getpid()
 
     def handle(number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked data worker: a Ctrl-C is its parent's business
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         if asked:
+            # torchrun passes on a Ctrl-C that the terminal has sent to every process already.
+            if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - asked[0] < 1.0:
+                return
             # Every file on disk is whole at any time, so there is nothing to clean up.
             os._exit(130)
-        asked.append(number)
+        asked.append(time.monotonic())
         name = signal.Signals(number).name
         click.echo(f"{name}: stopping at the next safe point; once more to stop at once", err=True)
 

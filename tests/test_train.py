@@ -471,3 +471,15 @@ def test_command_refuses_unknown_settings_and_missing_folders(work: Path, tmp_pa
     code, document = run(*good, *out, "--dry-run", "--set", "per_device_train_batch_size=3")
     assert document["steps"] == 3 * -(-len(open_store(work / "sampled")) // 3)  # three epochs
     assert not (tmp_path / "out").exists()  # a dry run writes nothing
+
+
+def test_wrong_flags_give_one_json_document_too() -> None:
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "distill", "train", "--json", "--nosuch"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2
+    document = json.loads(run.stdout)
+    assert document["exit_code"] == 2
+    assert "--nosuch" in document["error"]
