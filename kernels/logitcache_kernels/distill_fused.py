@@ -32,14 +32,13 @@ INTERPRETED = (
 
 
 class RowConfig(NamedTuple):
-    """How a row is swept: elements of a tile, how programs share the device, what L2 is to keep."""
+    """How a row is swept: elements of a tile, and how programs share the device."""
 
     block: int
     warps: int
-    per_multiprocessor: float
+    per_multiprocessor: int
     stages: int = 1
     registers: int | None = None  # at most, a thread
-    late: int = 1024  # tiles at the end of a row that L2 is to keep; 1024 is all
 
 
 class Row(NamedTuple):
@@ -56,14 +55,12 @@ class Row(NamedTuple):
 def choose_config(vocab_size: int, element_size: int) -> RowConfig:
     """The fastest of a sweep on an H200 (docs/kernels.md); frozen, as tuning in place corrupts."""
     if INTERPRETED:
-        return RowConfig(64, 4, 1, late=2)
+        return RowConfig(64, 4, 1)
     if element_size > 2:
         return RowConfig(4096, 8, 2, stages=3, registers=128)
     if vocab_size <= 65536:
         return RowConfig(4096, 4, 5, stages=4, registers=96)
-    if vocab_size <= 200000:
-        return RowConfig(8192, 8, 2, stages=3, registers=128)
-    return RowConfig(16384, 16, 1, stages=4, registers=128)
+    return RowConfig(16384, 8, 1, stages=4, registers=255)
 
 
 def taboo_list(
@@ -207,7 +204,6 @@ def launch(
         SOFTCAP=softcap is not None,
         OUT=out,
         HAS_INDEX=index_R is not None,
-        LATE=config.late,
         BLOCK=config.block,
         STAGES=config.stages,
         OPAQUE=not INTERPRETED,
@@ -221,7 +217,7 @@ def num_programs(num_rows: int, device: torch.device, config: RowConfig) -> int:
     if device.type != "cuda":
         return min(num_rows, 3)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(num_rows, int(processors * config.per_multiprocessor))
+    return min(num_rows, processors * config.per_multiprocessor)
 
 
 def new_diagnostics(num_rows: int, device: torch.device) -> list[torch.Tensor]:
@@ -367,7 +363,7 @@ def distill_loss_fused(
     if not needs_gradient:
         diagnostics = distill_rows_value(logits_RV.detach(), *flat)
         return DistillOutput(diagnostics[0].sum() * row.per_item, *diagnostics[1:])
-    # Rows that share memory (expanded) cannot hold a gradient each; a compiler places buffers itself.
+    # Expanded rows share memory and cannot hold a gradient each; a compiler places buffers itself.
     apart = logits_RV.shape[0] <= 1 or logits_RV.stride(0) >= logits_RV.shape[1]
     inplace = inplace and apart and not torch.compiler.is_compiling()
     # 1 / num_items would push float16 gradients below its range: there it is left to the backward

@@ -44,30 +44,13 @@ def _add(acc_T, acc_1, raw, shift, unit, inv_T, cap, MODE: tl.constexpr, SOFTCAP
 
 @triton.jit
 def first_sweep(row, V, shift, unit, inv_T, cap, MODE: tl.constexpr, SOFTCAP: tl.constexpr,
-                LATE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Lanes of both sums, and the last tile, which stays in registers for the second sweep.
-
-    L2 cannot hold every row that is under way from its first sweep to its second. The last LATE
-    tiles before the one in registers are loaded as usual; what comes before them asks to be evicted
-    first, so that these at least are still there when the second sweep comes back.
-    """
+                BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Lanes of both sums, and the last tile, which stays in registers for the second sweep."""
     at = tl.arange(0, BLOCK)
     streamed = tl.maximum(tl.cdiv(V - BLOCK, BLOCK), 0)
-    early = tl.maximum(streamed - LATE, 0)
     acc_T = tl.zeros([BLOCK // 8], tl.float32)
     acc_1 = tl.zeros([BLOCK // 8], tl.float32)
-    if LATE < 1024:
-        ahead = tl.load(
-            row + at, mask=at < early * BLOCK, other=float("-inf"), eviction_policy="evict_first"
-        )
-        for b in range(early):
-            raw = ahead
-            ahead = tl.load(
-                row + (b + 1) * BLOCK + at, mask=at < (early - 1 - b) * BLOCK, other=float("-inf"),
-                eviction_policy="evict_first",
-            )  # fmt: skip
-            acc_T, acc_1 = _add(acc_T, acc_1, raw, shift, unit, inv_T, cap, MODE, SOFTCAP, BLOCK)
-    for b in tl.range(early, streamed, num_stages=STAGES):
+    for b in tl.range(0, streamed, num_stages=STAGES):
         raw = tl.load(row + b * BLOCK + at)
         acc_T, acc_1 = _add(acc_T, acc_1, raw, shift, unit, inv_T, cap, MODE, SOFTCAP, BLOCK)
     held_at = streamed * BLOCK + at
@@ -145,30 +128,15 @@ def _gradient(raw, shift, unit, inv_T, cap, a, c, MODE: tl.constexpr, SOFTCAP: t
 
 @triton.jit
 def second_sweep(row, held, V, shift, unit, inv_T, cap, a, c, MODE: tl.constexpr,
-                 SOFTCAP: tl.constexpr, LATE: tl.constexpr, BLOCK: tl.constexpr,
+                 SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
                  STAGES: tl.constexpr, OPAQUE: tl.constexpr):  # fmt: skip
     """Overwrite the row by its gradient, backwards: what was read last is what L2 still has."""
     at = tl.arange(0, BLOCK)
     streamed = tl.maximum(tl.cdiv(V - BLOCK, BLOCK), 0)
-    early = tl.maximum(streamed - LATE, 0)
     held_at = streamed * BLOCK + at
     g = _gradient(_again(held, OPAQUE), shift, unit, inv_T, cap, a, c, MODE, SOFTCAP)
     tl.store(row + held_at, g.to(row.dtype.element_ty), mask=held_at < V, cache_modifier=".cs")
-    for b in tl.range(0, streamed - early, num_stages=STAGES):
+    for b in tl.range(0, streamed, num_stages=STAGES):
         here = row + (streamed - 1 - b) * BLOCK + at
         g = _gradient(tl.load(here), shift, unit, inv_T, cap, a, c, MODE, SOFTCAP)
         tl.store(here, g.to(row.dtype.element_ty), cache_modifier=".cs")
-    if LATE < 1024:
-        ahead = tl.load(
-            row + (early - 1) * BLOCK + at, mask=at < early * BLOCK, other=0.0,
-            eviction_policy="evict_first",
-        )  # fmt: skip
-        for b in range(early):
-            raw = ahead
-            ahead = tl.load(
-                row + (early - 2 - b) * BLOCK + at, mask=at < (early - 1 - b) * BLOCK, other=0.0,
-                eviction_policy="evict_first",
-            )  # fmt: skip
-            g = _gradient(raw, shift, unit, inv_T, cap, a, c, MODE, SOFTCAP)
-            here = row + (early - 1 - b) * BLOCK + at
-            tl.store(here, g.to(row.dtype.element_ty), cache_modifier=".cs")

@@ -24,8 +24,8 @@ from .distill_reference import (
 )
 from .types import IGNORED_LABEL, SKIP, DistillOutput, DistillSpec, SparseTeacher
 
-# Elements of one chunk of eager logits. On a CPU a chunk's temporaries should fit the cache (twice as
-# fast as 2^23 with V = 2048); elsewhere about ten float32 temporaries of this size are alive at once.
+# Elements of one chunk of eager logits. On a CPU a chunk's temporaries should fit the cache (twice
+# as fast as 2^23 with V = 2048); elsewhere about ten float32 temporaries of this size are alive.
 _CHUNK_ELEMENTS = {"cpu": 2**21, "other": 2**25}
 
 

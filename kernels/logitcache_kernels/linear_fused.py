@@ -130,9 +130,31 @@ def _logits(
         out += head.scale * bias.to(out.dtype)
 
 
+class _Plan(NamedTuple):
+    """What does not depend on the gate, made before the host waits for it."""
+
+    diagnostics: list[torch.Tensor]
+    weight: torch.Tensor  # in the products' dtype
+    grad_hidden: torch.Tensor | None
+    buffer: torch.Tensor  # a chunk's logits, then their gradient
+    chunk: int
+
+
+def _plan(hidden_RD: torch.Tensor, weight_VD: torch.Tensor, head: Head, chunk: int) -> _Plan:
+    num_rows, vocab_size, device = len(hidden_RD), len(weight_VD), hidden_RD.device
+    width = triton.cdiv(vocab_size, 64) * 64  # rows begin at aligned addresses
+    return _Plan(
+        [x.zero_() for x in new_diagnostics(num_rows, device)],
+        weight_VD.detach().to(head.product_dtype),
+        torch.zeros_like(hidden_RD) if hidden_RD.requires_grad else None,
+        torch.empty(min(chunk, num_rows), width, dtype=head.logits_dtype, device=device),
+        chunk,
+    )
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, bias_V, row, head, chunk, index_R):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden_RD, weight_VD, bias_V, row, head, plans, index_R):  # type: ignore[no-untyped-def]
         ctx.factor = per_item = row.per_item
         ctx.late = head.product_dtype == torch.float16  # whose range 1 / num_items would leave
         if ctx.late:
@@ -140,38 +162,32 @@ class _Linear(torch.autograd.Function):
         wants = [ctx.needs_input_grad[i] for i in range(3)]
         num_rows = len(hidden_RD) if index_R is None else len(index_R)
         vocab_size, device = weight_VD.shape[0], hidden_RD.device
-        weight = weight_VD.detach().to(head.product_dtype)
-        single = num_rows <= chunk
-        diagnostics = [x.zero_() for x in new_diagnostics(len(hidden_RD), device)]
-        grad_hidden = torch.zeros_like(hidden_RD) if wants[0] else None
+        diagnostics, weight, grad_hidden, buffer, chunk = plans.pop()
         grad_weight = grad_bias = None
         if wants[1]:
             # One product fills it; several are summed in float32.
-            sums = weight_VD.dtype if single else torch.float32
+            sums = weight_VD.dtype if num_rows <= chunk else torch.float32
             fill = torch.zeros_like if num_rows == 0 else torch.empty_like
             grad_weight = fill(weight_VD, dtype=sums, memory_format=torch.contiguous_format)
         if wants[2]:
             grad_bias = torch.zeros(vocab_size, dtype=torch.float32, device=device)
-        width = triton.cdiv(vocab_size, 64) * 64  # rows begin at aligned addresses
-        buffer = torch.empty(min(chunk, num_rows), width, dtype=head.logits_dtype, device=device)
         for start in range(0, num_rows, chunk):
-            if index_R is None:
-                rows = torch.arange(
-                    start, min(start + chunk, num_rows), dtype=torch.int32, device=device
-                )
-                hidden = hidden_RD.detach()[start : start + chunk].to(head.product_dtype)
-            else:
-                rows = index_R[start : start + chunk]
-                hidden = hidden_RD.detach().index_select(0, rows).to(head.product_dtype)
-            logits = buffer[: len(rows), :vocab_size]
+            stop = min(start + chunk, num_rows)
+            rows = None if index_R is None else index_R[start:stop]
+            hidden = hidden_RD.detach()
+            hidden = hidden[start:stop] if rows is None else hidden.index_select(0, rows)
+            hidden = hidden.to(head.product_dtype)
+            logits = buffer[: stop - start, :vocab_size]
             _logits(logits, hidden, weight, bias_V, head)
+            if rows is None:
+                rows = torch.arange(start, stop, dtype=torch.int32, device=device)
             launch(logits, logits, row, diagnostics, IN_PLACE, index_R=rows, softcap=head.softcap)
             if not any(wants):
                 continue
             gradient = logits.to(head.product_dtype)
             if wants[0]:
                 if index_R is None and hidden_RD.dtype == head.product_dtype:
-                    _product(grad_hidden[start : start + chunk], gradient, weight, 0, head.scale)
+                    _product(grad_hidden[start:stop], gradient, weight, 0, head.scale)
                 else:
                     part = hidden.new_empty(hidden.shape)
                     _product(part, gradient, weight, 0, head.scale)
@@ -180,7 +196,7 @@ class _Linear(torch.autograd.Function):
                 _product(grad_weight, gradient.T, hidden, int(start > 0), head.scale)
             if wants[2]:
                 grad_bias += head.scale * gradient.sum(0, dtype=torch.float32)
-        buffer = logits = gradient = hidden = None  # before dW is copied to its dtype
+        buffer = logits = gradient = hidden = weight = None  # before dW is copied to its dtype
         if wants[1]:
             grad_weight = grad_weight.to(weight_VD.dtype)
         if wants[2]:
@@ -210,15 +226,15 @@ def linear_distill_loss_fused(
     chunk: int | None,
 ) -> DistillOutput:
     """See ``linear_distill_loss``; hidden states in float32, bfloat16 or float16."""
-    vocab_size = weight_VD.shape[0]
+    num_rows, vocab_size = len(hidden_RD), len(weight_VD)
     strategy_R, js_R, weight_R = gate(row, vocab_size)
-    room = 0 if chunk is not None else _room(hidden_RD.device)  # while the gate runs
-    index_R = _kept(strategy_R)
-    num_rows = len(hidden_RD) if index_R is None else len(index_R)
-    if chunk is None:
-        chunk = choose_chunk(num_rows, vocab_size, head.logits_dtype.itemsize, room)
     if not torch.is_grad_enabled():
         hidden_RD, weight_VD = hidden_RD.detach(), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
-    loss, kd_R, ce_R = _Linear.apply(hidden_RD, weight_VD, bias_V, row, head, chunk, index_R)
+    if chunk is None:
+        size = head.logits_dtype.itemsize
+        chunk = choose_chunk(num_rows, vocab_size, size, _room(hidden_RD.device))
+    plans = [_plan(hidden_RD, weight_VD, head, chunk)]  # a list, to be let go of inside
+    index_R = _kept(strategy_R)
+    loss, kd_R, ce_R = _Linear.apply(hidden_RD, weight_VD, bias_V, row, head, plans, index_R)
     return DistillOutput(loss, strategy_R, js_R, kd_R, ce_R, weight_R)
