@@ -199,6 +199,7 @@ class StoreReader:
         used_P = ids_PK[:, 0] >= 0
         tail_PT = np.where(used_P[:, None], tail_PT, -np.inf).astype(np.float32)
         best_P = np.where(certain_PK, logp_PK, -np.inf).argmax(1)
+        logp_PK = np.fmin(logp_PK, top1_P[:, None])  # rounding lets no other one be larger
         logp_PK[used_P, best_P[used_P]] = top1_P[used_P]
         certain_logp_PK = np.where(certain_PK, logp_PK, -np.inf)
         one = self.temperatures.index(1.0)
