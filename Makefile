@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 
 # One thread a process: two workers with two threads each would wait for one another on two cores.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m gpu tests/gpu

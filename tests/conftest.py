@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import settings
 from tiny import make_model, sentences, write_jsonl
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported, by whatever test comes first.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples in every run, and no limit on time: a busy machine is no failure.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
