@@ -65,8 +65,10 @@ def _measure(bench: Bench, num_rows: int, vocab: int, width: int) -> list[Record
         "frozen": ({"head": "frozen"}, ours(weight_VD=frozen_VD), False),
     }
     functions = {name: call for name, (_, call, _) in cases.items()}
+    functions.update(_products(hidden_RD.detach(), frozen_VD))
     functions.update(_peers(bench, hidden_RD, weight_VD, labels_R))
     timings = bench.time(functions, lambda: torch.cuda._sleep(HEAD_START))
+    bare = {name: timings.pop(name).median for name in ("logits", "dX", "dW")}
     peers = {name: timing for name, timing in timings.items() if name not in cases}
     return [
         Record(
@@ -76,7 +78,7 @@ def _measure(bench: Bench, num_rows: int, vocab: int, width: int) -> list[Record
             options={"T": 2.0, **options},
             timing=timings[name],
             floor="three GEMMs" if trained else "two GEMMs",
-            floor_ms=bench.gemm_ms(num_rows, vocab, width, trained),
+            floor_ms=sum(bare.values()) - (0.0 if trained else bare["dW"]),
             # Beyond the gradient of the hidden states and a float32 gradient of the head.
             peak_bytes=bench.peak_bytes(call)
             - num_rows * width * 2
@@ -85,6 +87,22 @@ def _measure(bench: Bench, num_rows: int, vocab: int, width: int) -> list[Record
         )
         for name, (options, call, trained) in cases.items()
     ]
+
+
+def _products(hidden_RD: torch.Tensor, weight_VD: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """The bare products, each in one piece, timed in turn with the rest: after the same pauses.
+
+    Timed one after the other they run hotter, hence slower, than a call that follows a pause
+    (H200, 2026-11: by 7 %).
+    """
+    logits_RV = torch.randn(
+        len(hidden_RD), len(weight_VD), device=hidden_RD.device, dtype=hidden_RD.dtype
+    )
+    return {
+        "logits": lambda: hidden_RD @ weight_VD.T,
+        "dX": lambda: logits_RV @ weight_VD,
+        "dW": lambda: logits_RV.T @ hidden_RD,
+    }
 
 
 def _peers(

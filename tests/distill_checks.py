@@ -119,7 +119,7 @@ def check_loss(
 def check_linear(
     hidden_RD, weight_VD, teachers, labels_R, spec, *, tolerance, bias_V=None, **options
 ):
-    """Chunked kernel against the oracle in float64; chunk and logits_dtype go to the kernel alone."""
+    """Chunked kernel against the oracle in float64; only the kernel gets chunk, logits_dtype."""
     results = []
     kernel_only = {key: options.pop(key) for key in ("chunk", "logits_dtype") if key in options}
     for impl, more in (("eager", {}), ("triton", kernel_only)):

@@ -111,9 +111,9 @@ def prepare(
         per_item = num_items.detach().to(device, torch.float32).reciprocal()
     else:
         per_item = torch.full((), 1.0 / num_items, dtype=torch.float32, device=device)
-    cleaned = [SparseTeacher(*(_last_contiguous(x) for x in t)) for t in teachers]
+    cleaned = tuple(SparseTeacher._make(_last_contiguous(x) for x in t) for t in teachers)
     return Row(
-        tuple(cleaned),
+        cleaned,
         labels_R.contiguous(),
         None if gold_R is None else gold_R.to(torch.int8),
         taboo_list(len(labels_R), device, taboo_ids, taboo_RK),
@@ -243,7 +243,7 @@ def _flat(row: Row) -> tuple[Any, ...]:
     return tensors, row.labels_R, row.gold_R, row.taboo_RK, row.per_item, numbers, words
 
 
-def _row(tensors, labels_R, gold_R, taboo_RK, per_item, numbers, words) -> Row:  # type: ignore[no-untyped-def]
+def _row(tensors, labels_R, gold_R, taboo_RK, per_item, numbers, words) -> Row:
     teachers = tuple(SparseTeacher(*tensors[i : i + 5]) for i in range(0, len(tensors), 5))
     options = dict(zip(_NUMBERS, numbers, strict=True)) | dict(zip(_WORDS, words, strict=True))
     return Row(teachers, labels_R, gold_R, taboo_RK, per_item, DistillSpec(**options))
@@ -310,24 +310,24 @@ scale_in_place = torch.library.custom_op(
 
 @distill_rows_in_place.register_fake
 @distill_rows_value.register_fake
-def _(logits, *flat):  # type: ignore[no-untyped-def]
+def _(logits, *flat):
     return new_diagnostics(logits.shape[0], logits.device)
 
 
 @distill_rows.register_fake
-def _(logits, *flat):  # type: ignore[no-untyped-def]
+def _(logits, *flat):
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     return [gradient, *new_diagnostics(logits.shape[0], logits.device)]
 
 
 @scale_in_place.register_fake
-def _(gradient, factor):  # type: ignore[no-untyped-def]
+def _(gradient, factor):
     return None
 
 
 class _Distill(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_RV, inplace, late_factor, *flat):  # type: ignore[no-untyped-def]
+    def forward(ctx, logits_RV, inplace, late_factor, *flat):
         if inplace:
             diagnostics = distill_rows_in_place(logits_RV, *flat)
             gradient_RV = logits_RV.detach()  # a gradient, and no longer anything's result
@@ -341,7 +341,7 @@ class _Distill(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, *_unused):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_loss, *_unused):
         gradient_RV, per_item = ctx.saved_tensors
         if ctx.late:
             grad_loss = grad_loss * per_item

@@ -21,11 +21,11 @@ One exponential u = exp(z / n) gives both exp(z/T) and exp(z) as powers, for T i
 The shift m is the largest gathered logit; where a sum exceeds 1e18 (a logit far above all of the
 support) or nothing was gathered, the row is summed again around its own maximum.
 
-Bytes moved per row, bf16: 2 V read and 2 V written (floor 4 V). A row is swept twice, the second time
-backwards; the last tile stays in registers in between, the others are read again, from L2 as far
-as it still has them (measured at V = 151936: 0.4 V more from memory with one program per
-multiprocessor, 1.4 V with two). Not in place: a copy into the gradient comes first (2 V written, 2 V
-read, mostly L2). Sums have a fixed order: no atomics, the same bits each run.
+Bytes moved per row, bf16: 2 V read and 2 V written (floor 4 V). A row is swept twice, the second
+time backwards; the last tile stays in registers in between, the others are read again, from L2 as
+far as it still has them (measured at V = 151936: 0.4 V more from memory with one program per
+multiprocessor, 1.4 V with two). Not in place: a copy into the gradient comes first (2 V written,
+2 V read, mostly L2). Sums have a fixed order: no atomics, the same bits each run.
 """
 
 from __future__ import annotations

@@ -62,8 +62,12 @@ def _room(device: torch.device) -> int:
 def choose_chunk(num_rows: int, vocab_size: int, element_size: int, room: int) -> int:
     """Positions per chunk: few equal chunks whose logits fit into room bytes."""
     most = max(room // (vocab_size * element_size), _ROW_MULTIPLE)
-    chunks = triton.cdiv(max(num_rows, 1), most)
-    return triton.cdiv(triton.cdiv(max(num_rows, 1), chunks), _ROW_MULTIPLE) * _ROW_MULTIPLE
+    return _even(max(num_rows, 1), triton.cdiv(max(num_rows, 1), most))
+
+
+def _even(num_rows: int, chunks: int) -> int:
+    """Rows of each of so many chunks: whole tiles of the matrix units."""
+    return triton.cdiv(triton.cdiv(num_rows, chunks), _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 def gate(row: Row, vocab_size: int) -> list[torch.Tensor]:
@@ -78,10 +82,12 @@ def gate(row: Row, vocab_size: int) -> list[torch.Tensor]:
     num_taboo = 0 if row.taboo_RK is None else row.taboo_RK.shape[1]
     gate_kernel[(num_rows,)](
         *arguments,
-        row.labels_R, row.gold_R, row.taboo_RK, 0 if row.taboo_RK is None else row.taboo_RK.stride(0),
+        row.labels_R, row.gold_R, row.taboo_RK,
+        0 if row.taboo_RK is None else row.taboo_RK.stride(0),
         *result,
         row.teachers[0].ids_RK.shape[1], row.teachers[-1].ids_RK.shape[1], num_taboo, vocab_size,
-        math.log(max(vocab_size, 2)), spec.js_threshold, spec.confidence_threshold, spec.gold_weight,
+        math.log(max(vocab_size, 2)), spec.js_threshold, spec.confidence_threshold,
+        spec.gold_weight,
         **gate_constants(row),
         HAS_TABOO=num_taboo > 0,
         num_warps=4,
@@ -154,7 +160,7 @@ def _plan(hidden_RD: torch.Tensor, weight_VD: torch.Tensor, head: Head, chunk: i
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, bias_V, row, head, plans, index_R):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden_RD, weight_VD, bias_V, row, head, plans, index_R):
         ctx.factor = per_item = row.per_item
         ctx.late = head.product_dtype == torch.float16  # whose range 1 / num_items would leave
         if ctx.late:
@@ -163,6 +169,8 @@ class _Linear(torch.autograd.Function):
         num_rows = len(hidden_RD) if index_R is None else len(index_R)
         vocab_size, device = weight_VD.shape[0], hidden_RD.device
         diagnostics, weight, grad_hidden, buffer, chunk = plans.pop()
+        if num_rows > chunk:  # fewer than planned for, as the gate left some out: equal chunks
+            chunk = min(chunk, _even(num_rows, triton.cdiv(num_rows, chunk)))
         grad_weight = grad_bias = None
         if wants[1]:
             # One product fills it; several are summed in float32.
@@ -185,21 +193,21 @@ class _Linear(torch.autograd.Function):
             if not any(wants):
                 continue
             gradient = logits.to(head.product_dtype)
-            if wants[0]:
+            if grad_hidden is not None:
                 if index_R is None and hidden_RD.dtype == head.product_dtype:
                     _product(grad_hidden[start:stop], gradient, weight, 0, head.scale)
                 else:
                     part = hidden.new_empty(hidden.shape)
                     _product(part, gradient, weight, 0, head.scale)
                     grad_hidden.index_copy_(0, rows.long(), part.to(grad_hidden.dtype))
-            if wants[1]:
+            if grad_weight is not None:
                 _product(grad_weight, gradient.T, hidden, int(start > 0), head.scale)
-            if wants[2]:
+            if grad_bias is not None:
                 grad_bias += head.scale * gradient.sum(0, dtype=torch.float32)
         buffer = logits = gradient = hidden = weight = None  # before dW is copied to its dtype
-        if wants[1]:
+        if grad_weight is not None:
             grad_weight = grad_weight.to(weight_VD.dtype)
-        if wants[2]:
+        if grad_bias is not None:
             grad_bias = grad_bias.to(bias_V.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(*diagnostics[3:5])
@@ -207,7 +215,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, *_unused):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_loss, *_unused):
         gradients = ctx.saved_tensors
         if ctx.late:
             grad_loss = grad_loss * ctx.factor
