@@ -29,7 +29,7 @@ class WeightAverage:
         def average(old: Any, new: Any, num_averaged: Any) -> torch.Tensor:
             step = float(num_averaged) - 1.0  # the initial weights were the first
             kept = min(decay, (1.0 + step) / (10.0 + step))
-            return old + (1.0 - kept) * (new.to(old.dtype) - old)  # type: ignore[no-any-return]
+            return old + (1.0 - kept) * (new.to(old.dtype) - old)
 
         self.averaged = AveragedModel(model, avg_fn=average).float()
         self.averaged.requires_grad_(False)

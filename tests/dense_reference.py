@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+
 from logitcache_kernels import DistillSpec, SparseTeacher
 
 FLOOR = 1e-7

@@ -7,10 +7,11 @@ import itertools
 import sys
 from pathlib import Path
 
-import logitcache_kernels
 import pytest
 import torch
 from dense_reference import Batch, make_batch
+
+import logitcache_kernels
 from logitcache_kernels import DistillSpec, SparseTeacher, distill_loss, linear_distill_loss
 
 WEIGHTS = {"alpha": 0.3, "beta": 0.7, "gamma": 0.4}

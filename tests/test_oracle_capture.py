@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from logitcache_kernels import TEMPERATURES, Capture, capture, log_partition, spline_weights
 
 DATA = Path(__file__).parent / "data"

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from dense_reference import Batch, dense_loss, make_batch, sparse
+
 from logitcache_kernels import DistillOutput, DistillSpec, SparseTeacher, capture, distill_loss
 
 TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 4.0)

@@ -75,7 +75,7 @@ class _Teacher:
     """One teacher's support with its masks, in the dtype of the computation."""
 
     def __init__(self, teacher: SparseTeacher, vocab_size: int, dtype: torch.dtype):
-        teacher = SparseTeacher(*(None if x is None else x.detach() for x in teacher))
+        teacher = SparseTeacher._make(None if x is None else x.detach() for x in teacher)
         self.ids_RK = teacher.ids_RK
         self.valid_RK = (teacher.ids_RK >= 0) & (teacher.ids_RK < vocab_size)
         self.logp_RK = torch.where(self.valid_RK, teacher.logp_RK.to(dtype), -torch.inf)
@@ -91,6 +91,7 @@ class _Teacher:
     def confidence(self, kind: str, vocab_size: int) -> torch.Tensor:
         if kind == "top1":
             return torch.where(self.valid_RK, self.logp_RK.exp(), 0.0).amax(-1)
+        assert self.entropy_R is not None  # checked with the arguments
         return (1.0 - self.entropy_R / math.log(vocab_size)).clamp(0.0, 1.0)
 
     def target(self, temperature: float, taboo_RV: torch.Tensor | None) -> torch.Tensor:
@@ -365,7 +366,7 @@ def distill_loss_reference(
     masked_R = torch.isneginf(z_RV).all(-1)  # a fully masked row: loss 0, gradient 0, still counted
     position = _Position(
         z_RV.masked_fill(masked_R[:, None], 0.0),
-        [SparseTeacher(*(None if x is None else x[rows] for x in t)) for t in teachers],
+        [SparseTeacher._make(None if x is None else x[rows] for x in t) for t in teachers],
         Gate(*(x[rows] for x in gate)),
         forbidden_RK,
         taboo_RV,

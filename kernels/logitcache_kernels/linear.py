@@ -60,7 +60,7 @@ class _Inputs:
         def pick(x: torch.Tensor | None) -> torch.Tensor | None:
             return None if x is None else x[index]
 
-        teachers = tuple(SparseTeacher(*(pick(x) for x in teacher)) for teacher in self.teachers)
+        teachers = tuple(SparseTeacher._make(pick(x) for x in teacher) for teacher in self.teachers)
         return _Inputs(teachers, self.labels_R[index], pick(self.gold_R), pick(self.taboo_RK))
 
 
@@ -103,11 +103,11 @@ class _LinearDistill(torch.autograd.Function):
             if not any(wants):
                 continue
             (grad_RV,) = torch.autograd.grad(output.loss, raw_RV)
-            if wants[0]:
+            if grad_hidden is not None:
                 grad_hidden[rows] = (grad_RV @ weight_VD.to(grad_RV.dtype)).to(grad_hidden.dtype)
-            if wants[1]:
+            if grad_weight is not None:
                 grad_weight += grad_RV.T.to(total_dtype) @ leaf_RD.to(total_dtype)
-            if wants[2]:
+            if grad_bias is not None:
                 grad_bias += grad_RV.sum(0, dtype=total_dtype)
         ctx.grads = (
             grad_hidden,

@@ -40,7 +40,7 @@ def row_keys(seed: int, position_ids_R: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def _mix32(x: torch.Tensor) -> torch.Tensor:
-    """``mix`` on int32 words, in place: half the memory; products wrap, shifts need their sign masked."""
+    """``mix`` on int32 words, in place: half the memory. Products wrap; shifts need a mask."""
     x ^= (x >> 16) & 0xFFFF
     x *= 0x7FEB352D
     x ^= (x >> 15) & 0x1FFFF
