@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from logitcache.command import Options, common_options, run_group, stop_on_signal
+from logitcache.command import Options, common_options, quiet_libraries, run_group, stop_on_signal
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,7 +58,7 @@ def train(
 
     for path in filter(None, (store, eval_store)):
         open_store(path)
-    _quiet_libraries()
+    quiet_libraries()
     from logitcache.causal_lm import check_model_folder
 
     from .train import TrainRequest
@@ -109,7 +109,7 @@ def demo(options: Options, out: Path | None) -> None:
 
     Capture both teachers, train a student from the store, compare all of them on held-out text.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from .demo import default_folder, run_demo
 
     out = out or default_folder()
@@ -152,14 +152,6 @@ def _describe_plan(request: Any, fresh: bool) -> tuple[dict[str, Any], str]:
     lines = ["store, student and settings fit; would train:"]
     lines += [f"{key:14} {value}" for key, value in document.items()]
     return document, "\n".join(lines)
-
-
-def _quiet_libraries() -> None:
-    """Loading bars and advice of libraries would mix with our own output."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def main() -> None:

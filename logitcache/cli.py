@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .command import ManyFiles, Options, common_options, run_group, stop_on_signal
+from .command import ManyFiles, Options, common_options, quiet_libraries, run_group, stop_on_signal
 
 if TYPE_CHECKING:
     from .config import BuildConfig
@@ -79,7 +79,7 @@ def _build(
     from .progress import BuildProgress
     from .store import is_store, load_store
 
-    _quiet_libraries()
+    quiet_libraries()
     if dry_run:
         check_out(settings, fresh)
         planned = plan(settings, stop)
@@ -132,17 +132,6 @@ def _gpu_memory_peak() -> int | None:
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-
-
-def _quiet_libraries() -> None:
-    """Loading bars and advice of libraries would mix with our own progress."""
-    import os
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def main() -> None:

@@ -95,6 +95,14 @@ def common_options(function: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def quiet_libraries() -> None:
+    """Stop transformers' loading bars and advice, which would mix with our own output."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
 def run_group(group: click.Group, name: str) -> NoReturn:
     """Run a command line and exit with the code that DESIGN gives it."""
     try:
