@@ -137,9 +137,6 @@ def run(
         *(part for setting in settings for part in ("--set", setting)),
     )
     other = _evaluate(teacher2, out / "heldout-store")
-    import torch  # imported by _evaluate; describe_environment names its GPU
-
-    assert torch is not None
     result = {
         "environment": describe_environment(),
         "store": store,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,9 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from logitcache import open_store
 from logitcache.causal_lm import load_causal_lm, model_identity
-from logitcache.environment import describe_environment
+from logitcache.environment import describe_environment, gpu_memory_peak_bytes
 from logitcache.errors import Interrupted, StoreError, UsageError
-from logitcache.files import lock, to_json, write_atomic
+from logitcache.files import clear_folder, lock, to_json, write_atomic
 from logitcache.tokenise import load_tokenizer
 
 from .config import DistillConfig, distill_config
@@ -84,7 +83,7 @@ def train(
             return record
         trainer = make_trainer(request, config)  # all is checked before anything is deleted
         if fresh:
-            _agreed(config, lambda: _delete(out))
+            _agreed(config, lambda: clear_folder(out))
         return _train(request, trainer, identity, record, stop, note)
 
 
@@ -190,14 +189,6 @@ def _check_deletable(out: Path) -> None:
         raise UsageError(
             f"{out}: --fresh deletes runs only, found other files", "remove it yourself"
         )
-
-
-def _delete(out: Path) -> None:
-    for child in out.iterdir():
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        elif child.suffix != ".lock":
-            child.unlink()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -313,9 +304,7 @@ def _train(
             "train_loss": result.training_loss,
             "last": {k: v for k, v in last.items() if k not in ("step", "epoch")},
             "median_tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,
-            "gpu_memory_peak_bytes": (
-                torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-            ),
+            "gpu_memory_peak_bytes": gpu_memory_peak_bytes(),
         },
         "after": after,
         "seconds": round(time.monotonic() - started, 1),

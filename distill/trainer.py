@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from logitcache import StoreReader, open_store
 from logitcache.causal_lm import Head, check_model
@@ -23,8 +24,6 @@ from .config import DistillConfig
 from .ema import WeightAverage
 from .evaluate import evaluation_spec, held_out_metrics, summed
 from .student import SUM_NAMES, as_metrics, attach_loss, to_inputs
-
-_CHECKPOINT_PREFIX = "checkpoint"
 
 
 class _RowNumbers(Dataset[int]):
@@ -280,7 +279,7 @@ class DistillTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial))
-        folder = folder / f"{_CHECKPOINT_PREFIX}-{self.state.global_step}"
+        folder = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.average is not None and self.args.should_save:
             # Before the Trainer's own files: trainer_state.json, written last, makes a checkpoint
             # whole.

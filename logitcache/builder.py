@@ -16,7 +16,7 @@ from .codec import frequency_rank
 from .config import BuildConfig, build_config
 from .documents import Document, input_files, read_documents
 from .errors import InputError, Interrupted, ResourceError, StoreError, UsageError
-from .files import file_sha256, lock, to_json, write_atomic
+from .files import clear_folder, file_sha256, lock, to_json, write_atomic
 from .packing import Rows, pack
 from .store import (
     FORMAT,
@@ -312,11 +312,7 @@ def _delete(path: Path) -> None:
     """Delete a store; its manifest goes first, so that a half-deleted one is not taken for a
     store."""
     (path / "zarr.json").unlink()
-    for child in path.iterdir():
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        elif child.suffix != ".lock":
-            child.unlink()
+    clear_folder(path)
 
 
 def _write_record(config: BuildConfig, seconds: float) -> None:

@@ -75,6 +75,7 @@ def _build(
 ) -> None:
     from .builder import build as run_build
     from .builder import check_out, estimate_bytes, plan
+    from .environment import gpu_memory_peak_bytes
     from .info import describe_store, render_info
     from .progress import BuildProgress
     from .store import is_store, load_store
@@ -104,7 +105,7 @@ def _build(
         store = run_build(settings, fresh=fresh, report=progress, stop=stop)
     document = describe_store(settings.out)
     document["tokens_per_second"] = {name: round(r, 1) for name, r in progress.rates.items()}
-    document["gpu_memory_peak_bytes"] = _gpu_memory_peak()
+    document["gpu_memory_peak_bytes"] = gpu_memory_peak_bytes()
     nothing_done = (
         before is not None and not any(before.values()) and len(before) == 1 + len(store.teachers)
     )
@@ -126,12 +127,6 @@ def info(options: Options, store: Path) -> None:
 
     document = describe_store(store)
     options.result(document, render_info(document))
-
-
-def _gpu_memory_peak() -> int | None:
-    import torch
-
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def main() -> None:

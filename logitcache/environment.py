@@ -20,6 +20,14 @@ _PACKAGES = (
 )
 
 
+def gpu_memory_peak_bytes() -> int | None:
+    """Most memory that torch has held on the GPU of this process; None without one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.max_memory_allocated())
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions and hardware. Imports torch only if it has been imported."""
     versions = {"python": platform.python_version()}

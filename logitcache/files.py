@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,15 @@ def to_json(value: Any) -> str:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def clear_folder(path: Path) -> None:
+    """Delete what a folder holds, except lock files: whoever calls this holds one of them."""
+    for child in path.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        elif child.suffix != ".lock":
+            child.unlink()
 
 
 @contextlib.contextmanager

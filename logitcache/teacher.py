@@ -42,13 +42,8 @@ class TeacherRun:
         config: BuildConfig,
         report: Callable[[str, int, int, int, int], None] | None,
     ):
-        self.folder, self.name, self.store, self.rows, self.config = (
-            folder,
-            name,
-            store,
-            rows,
-            config,
-        )
+        self.folder, self.name, self.store = folder, name, store
+        self.rows, self.config = rows, config
         self.report = report or (lambda *_: None)
         self.device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, self.device)
@@ -87,7 +82,7 @@ class TeacherRun:
         for batch in self._batches(start, stop):
             if stopped():
                 return False
-            for row, part in zip(batch, self._run(batch, totals, shard), strict=True):
+            for row, part in zip(batch, self._run(batch, totals), strict=True):
                 parts[row] = part
             self.tokens_done += int(self.lengths[batch].sum())
             self.report(self.name, self.tokens_done, self.tokens_total, self.bytes_written, shard)
@@ -119,9 +114,7 @@ class TeacherRun:
         return batches
 
     @torch.inference_mode()
-    def _run(
-        self, batch: list[int], totals: dict[str, Any], shard: int
-    ) -> list[tuple[Entries, np.ndarray]]:
+    def _run(self, batch: list[int], totals: dict[str, Any]) -> list[tuple[Entries, np.ndarray]]:
         """Entries and statistics of each row of a batch."""
         length = max(int(self.lengths[batch[0]]), 1)
         seq_len = self.config.seq_len
