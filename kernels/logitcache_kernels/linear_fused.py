@@ -3,7 +3,7 @@
 Per chunk of n positions that carry a loss (h: n x D, W: V x D, dtype of the products bf16):
 
     z = h W'                  cuBLAS   2 n V D operations   2 n V bytes written
-    g = dloss/dz, in place    Triton   ``distill_triton``   2 n V read, 2 n V written
+    g = dloss/dz, in place    Triton   ``distill_rows``     2 n V read, 2 n V written
     dh = g W                  cuBLAS   2 n V D              2 n V read
     dW += g' h, in float32    cuBLAS   2 n V D              2 n V read, 8 V D for the sum
 
@@ -18,22 +18,13 @@ Inside a CUDA graph nothing is left out and nothing waits.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 import triton
 
-from .distill_fused import (
-    IN_PLACE,
-    Row,
-    gate_constants,
-    launch,
-    new_diagnostics,
-    scale_in_place,
-    teacher_arguments,
-)
-from .gate_triton import gate_kernel
+from .distill_fused import scale_in_place
+from .distill_launch import Row, add_up, gate, launch, new_diagnostics
 from .types import SKIP, DistillOutput
 
 # Of a chunk's logits. 4096 rows of 151936 bf16 logits are 1.16 GiB, and on an H200 the products
@@ -68,31 +59,6 @@ def choose_chunk(num_rows: int, vocab_size: int, element_size: int, room: int) -
 def _even(num_rows: int, chunks: int) -> int:
     """Rows of each of so many chunks: whole tiles of the matrix units."""
     return triton.cdiv(triton.cdiv(num_rows, chunks), _ROW_MULTIPLE) * _ROW_MULTIPLE
-
-
-def gate(row: Row, vocab_size: int) -> list[torch.Tensor]:
-    """Strategy, JS and weight of each position, before there are any logits."""
-    num_rows, device, spec = len(row.labels_R), row.labels_R.device, row.spec
-    result = [torch.empty(num_rows, dtype=torch.int8, device=device)]
-    result += [torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2)]
-    if num_rows == 0:
-        return result
-    arguments = teacher_arguments(row)
-    del arguments[11], arguments[3]  # log-partitions
-    num_taboo = 0 if row.taboo_RK is None else row.taboo_RK.shape[1]
-    gate_kernel[(num_rows,)](
-        *arguments,
-        row.labels_R, row.gold_R, row.taboo_RK,
-        0 if row.taboo_RK is None else row.taboo_RK.stride(0),
-        *result,
-        row.teachers[0].ids_RK.shape[1], row.teachers[-1].ids_RK.shape[1], num_taboo, vocab_size,
-        math.log(max(vocab_size, 2)), spec.js_threshold, spec.confidence_threshold,
-        spec.gold_weight,
-        **gate_constants(row),
-        HAS_TABOO=num_taboo > 0,
-        num_warps=4,
-    )  # fmt: skip
-    return result
 
 
 def _kept(strategy_R: torch.Tensor) -> torch.Tensor | None:
@@ -189,7 +155,7 @@ class _Linear(torch.autograd.Function):
             _logits(logits, hidden, weight, bias_V, head)
             if rows is None:
                 rows = torch.arange(start, stop, dtype=torch.int32, device=device)
-            launch(logits, logits, row, diagnostics, IN_PLACE, index_R=rows, softcap=head.softcap)
+            launch(logits, logits, row, diagnostics, index_R=rows, softcap=head.softcap)
             if not any(wants):
                 continue
             gradient = logits.to(head.product_dtype)
@@ -211,7 +177,7 @@ class _Linear(torch.autograd.Function):
             grad_bias = grad_bias.to(bias_V.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(*diagnostics[3:5])
-        return (diagnostics[0].sum() * per_item, *diagnostics[3:5])
+        return (add_up(diagnostics[0], per_item), *diagnostics[3:5])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
