@@ -11,6 +11,7 @@ import triton
 
 from .distill_plan_triton import NUMBERS, plan_kernel
 from .distill_rows_triton import rows_kernel
+from .distill_slice_triton import BF16_PAIRS, FP16_PAIRS, SINGLE
 from .distill_terms_triton import T_1, T_2, T_3, T_3_2, T_4, T_ANY, UNIT
 from .scalars_triton import sum_kernel
 from .types import DistillSpec, SparseTeacher
@@ -22,13 +23,15 @@ _DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 _TAILS = {"bucket": 0, "renormalise": 1, "none": 2}
 _TABOO_SLICE = 32
 _ALIGNMENT = 64  # elements at which a slice may begin: whole lines of memory
+_PAIRS = {torch.bfloat16: BF16_PAIRS, torch.float16: FP16_PAIRS}
 INTERPRETED = not hasattr(rows_kernel, "warmup") or type(rows_kernel).__name__ != "JITFunction"
 
 
 class RowConfig(NamedTuple):
     """How rows are cut into slices, and how programs share the device."""
 
-    block: int  # elements of a slice at most, a power of two
+    tile: int  # elements computed at once, a power of two
+    tiles: int  # of a slice, one after the other: fewer registers
     warps: int
     per_multiprocessor: int  # programs; times warps * 32 * registers at most 65536
     registers: int  # at most, a thread
@@ -50,10 +53,10 @@ class Row(NamedTuple):
 def choose_config(vocab_size: int, element_size: int) -> RowConfig:
     """The fastest of a sweep on an H200 (docs/kernels.md); frozen, as tuning in place corrupts."""
     if INTERPRETED:  # programs run one after the other: none may wait for another
-        return RowConfig(triton.next_power_of_2(vocab_size), 4, 1, 0)
+        return RowConfig(triton.next_power_of_2(vocab_size) // 2, 2, 4, 1, 0)
     if element_size > 2:
-        return RowConfig(8192, 8, 2, 128)
-    return RowConfig(16384, 8, 2, 128)
+        return RowConfig(4096, 2, 8, 2, 128)
+    return RowConfig(4096, 3, 8, 2, 128)
 
 
 def _stride(x: torch.Tensor | None) -> int:
@@ -169,15 +172,21 @@ def launch(
         return
     spec, device = row.spec, logits_RV.device
     config = config or choose_config(vocab_size, logits_RV.element_size())
-    slices = triton.cdiv(vocab_size, config.block)
-    slice_size = triton.cdiv(triton.cdiv(vocab_size, slices), _ALIGNMENT) * _ALIGNMENT
-    slices = triton.cdiv(vocab_size, slice_size)
+    most = config.tile * config.tiles
+    slices = triton.cdiv(vocab_size, most)
+    size = triton.cdiv(triton.cdiv(vocab_size, slices), _ALIGNMENT) * _ALIGNMENT
+    slices = triton.cdiv(vocab_size, size)
     programs = _num_programs(num_rows * slices, device, config)
     if gradient_RV is None:
         out = NO_GRADIENT
-        gradient_RV = logits_RV.new_empty(programs, config.block)
+        gradient_RV = logits_RV.new_empty(programs, most)
     else:
         out = IN_PLACE if gradient_RV.data_ptr() == logits_RV.data_ptr() else COPY
+    x_format, per = SINGLE, 1
+    x, work_x = logits_RV, gradient_RV
+    if logits_RV.dtype in _PAIRS and _has_pairs(x) and _has_pairs(work_x):
+        x_format, per = _PAIRS[logits_RV.dtype], 2
+        x, work_x = x.view(torch.int32), work_x.view(torch.int32)
 
     num_taboo = 0 if row.taboo_RK is None else row.taboo_RK.shape[1]
     mode = _MODES.get(spec.temperature, T_ANY)
@@ -207,8 +216,8 @@ def launch(
         # Slices of a row wait for one another: all programs must run at once, or none.
         launched.update(maxnreg=config.registers, launch_cooperative_grid=slices > 1)
     rows_kernel[(programs,)](
-        logits_RV, gradient_RV, index_R, num_rows, logits_RV.stride(0), gradient_RV.stride(0),
-        slice_size, row.taboo_RK, _stride(row.taboo_RK), row.per_item, *diagnostics, *plan,
+        x, work_x, gradient_RV, index_R, num_rows, x.stride(0), work_x.stride(0),
+        gradient_RV.stride(0), size // per, x.shape[1], row.taboo_RK, _stride(row.taboo_RK), row.per_item, *diagnostics, *plan,
         num_taboo, vocab_size,
         spec.temperature, 1.0 / spec.temperature, math.log2(math.e) / UNIT[mode], spec.alpha,
         spec.beta, spec.gamma, spec.jsd_beta, 1.0 if softcap is None else softcap,
@@ -218,11 +227,18 @@ def launch(
         HAS_INDEX=index_R is not None,
         C=slices,
         CP=padded,
-        BLOCK=config.block,
+        TILES=config.tiles,
+        BLOCK=config.tile // per,
+        FORMAT=x_format,
         AHEAD=config.ahead,
         OPAQUE=not INTERPRETED,
         **launched,
     )  # fmt: skip
+
+
+def _has_pairs(x: torch.Tensor) -> bool:
+    """Whether its rows are whole 32-bit words of two elements."""
+    return x.shape[1] % 2 == x.stride(0) % 2 == x.storage_offset() % 2 == 0
 
 
 def _num_programs(num_items: int, device: torch.device, config: RowConfig) -> int:

@@ -147,7 +147,6 @@ def plan_kernel(
             z_gold = tl.load(row + gold, mask=gold >= 0, other=minus_inf).to(tl.float32)
             z_gold = logit(z_gold, cap, SOFTCAP)
             if TABOO:
-                slots = slots_ptr + i * (tl.cdiv(NT, TB) * TB)
                 first_taboo = position * taboo_stride
                 last_taboo = first_taboo + NT
                 taboo1 = taboo_flags(ids1, taboo_ptr, first_taboo, last_taboo, V, KP, TB)
@@ -156,6 +155,7 @@ def plan_kernel(
                     taboo2 = taboo_flags(ids2, taboo_ptr, first_taboo, last_taboo, V, KP, TB)
                     used = tl.where(use2, ids2, -9)
                 if TABOO == 1:
+                    slots = slots_ptr + i * (tl.cdiv(NT, TB) * TB)
                     taboo_gather(
                         row, slots, ids1, used, taboo_ptr, first_taboo, last_taboo, V, cap,
                         SOFTCAP, TB,

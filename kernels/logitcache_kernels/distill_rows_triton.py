@@ -50,7 +50,13 @@ from .distill_plan_triton import (
     TAIL_MASS,
     VALUE,
 )
-from .distill_slice_triton import again, slice_gradient, slice_sums, whole_row
+from .distill_slice_triton import (
+    load_slice,
+    slice_sums,
+    store_tile,
+    tile_gradient,
+    whole_row,
+)
 from .distill_taboo_triton import taboo_divergence, taboo_gradient, taboo_leave_out
 from .distill_terms_triton import FLOOR, powers, slope, tail_slopes, terms
 from .gate_triton import LOG2E, sum2
@@ -69,18 +75,9 @@ def _item(item, num_rows, index_ptr, strategy_ptr, C: tl.constexpr, HAS_INDEX: t
 
 
 @triton.jit
-def _load(z_ptr, row, part, strategy, stride, slice_size, V, BLOCK: tl.constexpr):
-    """A slice of the logits; nothing is read of a position without loss."""
-    at = tl.arange(0, BLOCK)
-    begin = part * slice_size
-    end = tl.where(strategy != 3, V, 0)
-    here = (at < slice_size) & (begin + at < end)
-    return tl.load(z_ptr + row * stride + begin + at, mask=here, other=float("-inf"))
-
-
-@triton.jit
 def rows_kernel(
-    z_ptr, work_ptr, index_ptr, num_rows, z_stride, work_stride, slice_size,
+    x_ptr, work_x_ptr, work_ptr, index_ptr, num_rows, x_stride, work_x_stride, work_stride,
+    x_size, x_end,  # elements (of x) in a slice and in a row
     taboo_ptr, taboo_stride, per_item_ptr,
     loss_ptr, strategy_ptr, js_ptr, kd_ptr, ce_ptr, weight_ptr,
     numbers_ptr, list_ids_ptr, list_z_ptr, list_p_ptr, list_r_ptr, slots_ptr, partial_ptr,
@@ -93,48 +90,62 @@ def rows_kernel(
     OUT: tl.constexpr,  # 0 in place, 1 gradient elsewhere, 2 no gradient (work: a slice a program)
     HAS_INDEX: tl.constexpr,  # logits row i belongs to position index[i]
     C: tl.constexpr, CP: tl.constexpr,  # slices of a row; the next power of two
-    BLOCK: tl.constexpr, AHEAD: tl.constexpr,  # whether the next slice is loaded early
+    TILES: tl.constexpr, BLOCK: tl.constexpr,  # of a slice; elements (of x) in a tile
+    FORMAT: tl.constexpr,  # x has words of 16-bit elements, or elements
+    AHEAD: tl.constexpr,  # whether the next slice is loaded early
     OPAQUE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     minus_inf = float("-inf")
     per_item = tl.load(per_item_ptr)
-    at = tl.arange(0, BLOCK)
-    num_items = num_rows * C
     entry = tl.arange(0, WIDTH)
+    size = x_size if FORMAT == 0 else 2 * x_size
     next_row, next_position, next_strategy = _item(
         program, num_rows, index_ptr, strategy_ptr, C, HAS_INDEX
     )
+    next_begin = (program % C) * x_size
     if AHEAD:
-        next_x = _load(z_ptr, next_row, program % C, next_strategy, z_stride, slice_size, V, BLOCK)
-    for item in range(program, num_items, programs):
+        # Nothing is read of a position without loss.
+        next_left = tl.where(next_strategy != 3, x_end - next_begin, 0)
+        next_x = load_slice(
+            x_ptr, next_row * x_stride + next_begin, x_size, next_left, TILES, BLOCK, FORMAT
+        )
+    for item in range(program, num_rows * C, programs):
         row, position, strategy = next_row, next_position, next_strategy
         part = item % C
-        begin = part * slice_size
-        end = tl.minimum(begin + slice_size, V)
-        here = (at < slice_size) & (begin + at < V)
+        x_begin = next_begin
+        left = x_end - x_begin
+        begin = part * size
+        end = tl.minimum(begin + size, V)
         if AHEAD:
             x = next_x
-        else:
-            x = _load(z_ptr, row, part, strategy, z_stride, slice_size, V, BLOCK)
         next_row, next_position, next_strategy = _item(
             item + programs, num_rows, index_ptr, strategy_ptr, C, HAS_INDEX
         )
+        next_begin = ((item + programs) % C) * x_size
         if AHEAD:
-            next_x = _load(
-                z_ptr, next_row, (item + programs) % C, next_strategy, z_stride, slice_size, V, BLOCK
+            next_left = tl.where(next_strategy != 3, x_end - next_begin, 0)
+            next_x = load_slice(
+                x_ptr, next_row * x_stride + next_begin, x_size, next_left, TILES, BLOCK, FORMAT
             )
         if OUT == 2:
-            work = work_ptr + program.to(tl.int64) * BLOCK - begin
+            work_first = program.to(tl.int64) * work_x_stride
+            work = work_ptr + program.to(tl.int64) * work_stride - begin
         else:
+            work_first = row * work_x_stride + x_begin
             work = work_ptr + row * work_stride
 
         if strategy == 3:
             if OUT != 2:
-                zeros = tl.zeros([BLOCK], work_ptr.dtype.element_ty)
-                tl.store(work + begin + at, zeros, mask=here, cache_modifier=".cs")
+                for tile in tl.static_range(TILES):
+                    zeros = tl.zeros([BLOCK], work_x_ptr.dtype.element_ty)
+                    store_tile(work_x_ptr, work_first, x_size, left, tile, zeros, BLOCK)
         else:
+            if AHEAD == 0:
+                x = load_slice(
+                    x_ptr, row * x_stride + x_begin, x_size, left, TILES, BLOCK, FORMAT
+                )
             # The list, and of it what lies in this slice.
             numbers = numbers_ptr + row * NUMBERS
             at_list = row * WIDTH + entry
@@ -147,11 +158,13 @@ def rows_kernel(
             gold_alone = gold_T >= 0.0
             gold_mine = gold_alone & (gold >= begin) & (gold < end)
             if TABOO:
-                slots = slots_ptr + row * (tl.cdiv(NT, TB) * TB)
                 first_taboo = position * taboo_stride
                 last_taboo = first_taboo + NT
+            if TABOO == 1:
+                slots = slots_ptr + row * (tl.cdiv(NT, TB) * TB)
             if OUT != 0:  # a copy that may lose them
-                tl.store(work + begin + at, x, mask=here)
+                for tile in tl.static_range(TILES):
+                    store_tile(work_x_ptr, work_first, x_size, left, tile, x[tile], BLOCK)
                 tl.debug_barrier()
                 tl.store(work + ids, minus_inf, mask=mine)
                 tl.store(work + gold, minus_inf, mask=gold_mine)
@@ -160,10 +173,12 @@ def rows_kernel(
                         work, begin, end, taboo_ptr, first_taboo, last_taboo, V, TB
                     )
                 tl.debug_barrier()
-                x = tl.load(work + begin + at, mask=here, other=minus_inf)
+                x = load_slice(work_x_ptr, work_first, x_size, left, TILES, BLOCK, FORMAT)
 
             shift = tl.load(numbers + SHIFT)
-            rest_T, rest_1, m = slice_sums(x, shift, unit, inv_T, cap, MODE, SOFTCAP, OPAQUE)
+            rest_T, rest_1, m = slice_sums(
+                x, shift, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP
+            )
             rest_T, rest_1, m = whole_row(
                 partial_ptr, row, part, rest_T, rest_1, m, shift, inv_T, C, CP
             )
@@ -259,13 +274,11 @@ def rows_kernel(
             if OUT != 2:
                 a = dense * per_T
                 c = scale_c * per_1
-                dense_x = slice_gradient(
-                    again(x, OPAQUE), m * unit, unit, inv_T, cap, a, c, MODE, SOFTCAP
-                )
-                tl.store(
-                    work + begin + at, dense_x.to(work_ptr.dtype.element_ty), mask=here,
-                    cache_modifier=".cs",
-                )  # fmt: skip
+                for tile in tl.static_range(TILES):
+                    dense_x = tile_gradient(
+                        x[tile], m, unit, inv_T, cap, a, c, FORMAT, MODE, SOFTCAP, OPAQUE
+                    )
+                    store_tile(work_x_ptr, work_first, x_size, left, tile, dense_x, BLOCK)
                 tl.debug_barrier()
                 behind_gold = -scale_c * others * per_1  # scale_c (q' - 1), without cancellation
                 g += tl.where(ids == gold, behind_gold, scale_c * n * per_1)

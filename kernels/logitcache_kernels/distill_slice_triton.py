@@ -18,31 +18,109 @@ _LARGEST_SUM = tl.constexpr(1e18)
 _NOTHING = tl.constexpr(-1)  # as two floats: NaNs that no operation yields
 
 
+# How a slice's elements stand in registers: one each, or as words of two 16-bit numbers.
+SINGLE, BF16_PAIRS, FP16_PAIRS = 0, 1, 2
+
+
 @triton.jit
-def again(x, OPAQUE: tl.constexpr):
+def _again(x, OPAQUE: tl.constexpr):
     """The same values, as something the compiler knows nothing of.
 
-    Without it, conversions to float32 and exponentials made for the sums are kept for the
-    gradient, at 4 bytes and more an element; the 16-bit values alone are half of that.
+    Without it, exponentials and conversions to float32 made for the sums are kept for the gradient,
+    at 4 bytes and more an element; the elements alone are 2.
     """
-    if OPAQUE:
-        if x.dtype.primitive_bitwidth == 16:
-            y = tl.inline_asm_elementwise(
-                "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
-            )
-        else:
-            y = tl.inline_asm_elementwise(
-                "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1
-            )
-    else:
-        y = x
-    return y
+    if OPAQUE and x.dtype.primitive_bitwidth == 32:
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1
+        )
+    return x
 
 
 @triton.jit
-def _sums(x, m, unit, inv_T, cap, MODE: tl.constexpr, SOFTCAP: tl.constexpr):
-    z = logit(x.to(tl.float32), cap, SOFTCAP)
-    e_T, e_1 = powers(z, m * unit, unit, inv_T, MODE)
+def _halves(x, cap, FORMAT: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Logits in float32: those of even and of odd ids; a single one twice."""
+    if FORMAT == 1:
+        low = (x << 16).to(tl.float32, bitcast=True)
+        high = (x & -65536).to(tl.float32, bitcast=True)
+    elif FORMAT == 2:
+        low = (x & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        high = (x >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        low = x.to(tl.float32)
+        high = low
+    return logit(low, cap, SOFTCAP), logit(high, cap, SOFTCAP)
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.uint16, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
+def _join(low, high, FORMAT: tl.constexpr, OPAQUE: tl.constexpr):
+    """Two float32 rounded into a word."""
+    if OPAQUE:
+        if FORMAT == 1:
+            word = tl.inline_asm_elementwise(
+                "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32,
+                is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            word = tl.inline_asm_elementwise(
+                "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32,
+                is_pure=True, pack=1,
+            )  # fmt: skip
+    elif FORMAT == 1:
+        word = (_bits(high.to(tl.bfloat16)) << 16) | _bits(low.to(tl.bfloat16))
+    else:
+        word = (_bits(high.to(tl.float16)) << 16) | _bits(low.to(tl.float16))
+    return word.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def load_slice(x_ptr, first, size, left, TILES: tl.constexpr, BLOCK: tl.constexpr,
+               FORMAT: tl.constexpr):  # fmt: skip
+    """TILES tiles of BLOCK elements: a tuple, so that sums need few registers beside it.
+
+    size: of a slice; left: how much of the row there is from its first element on.
+    """
+    if FORMAT == 1:
+        none = -8323200  # 0xff80ff80, twice -inf
+    elif FORMAT == 2:
+        none = -67044352  # 0xfc00fc00
+    else:
+        none = float("-inf")
+    at = tl.arange(0, BLOCK)
+    x = (tl.load(x_ptr + first + at, mask=(at < size) & (at < left), other=none),)
+    for tile in tl.static_range(1, TILES):
+        at = tile * BLOCK + tl.arange(0, BLOCK)
+        x = x + (tl.load(x_ptr + first + at, mask=(at < size) & (at < left), other=none),)
+    return x
+
+
+@triton.jit
+def store_tile(x_ptr, first, size, left, tile: tl.constexpr, x, BLOCK: tl.constexpr):
+    """Write one tile of a slice; what is written is not read again soon."""
+    at = tile * BLOCK + tl.arange(0, BLOCK)
+    here = (at < size) & (at < left)
+    tl.store(x_ptr + first + at, x.to(x_ptr.dtype.element_ty), mask=here, cache_modifier=".cs")
+
+
+@triton.jit
+def _sums(x, m, unit, inv_T, cap, TILES: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
+          SOFTCAP: tl.constexpr):  # fmt: skip
+    shift = m * unit
+    e_T = 0.0
+    e_1 = 0.0
+    for tile in tl.static_range(TILES):
+        low, high = _halves(x[tile], cap, FORMAT, SOFTCAP)
+        low_T, low_1 = powers(low, shift, unit, inv_T, MODE)
+        e_T += low_T
+        e_1 += low_1
+        if FORMAT != 0:
+            high_T, high_1 = powers(high, shift, unit, inv_T, MODE)
+            e_T += high_T
+            e_1 += high_1
     if MODE != 0:
         sum_T, sum_1 = sum2(e_T, e_1)
     else:
@@ -52,19 +130,21 @@ def _sums(x, m, unit, inv_T, cap, MODE: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def slice_sums(x, shift, unit, inv_T, cap, MODE: tl.constexpr, SOFTCAP: tl.constexpr,
-               OPAQUE: tl.constexpr):  # fmt: skip
+def slice_sums(x, shift, unit, inv_T, cap, TILES: tl.constexpr, FORMAT: tl.constexpr,
+               MODE: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
     """Sums of exp((z - m)/T) and exp(z - m), and their m: the shift, or where a sum grows too large
     or there is no shift (-inf) the slice's own maximum (-inf where all of it is -inf)."""
     has_shift = shift > float("-inf")
     m = tl.where(has_shift, shift, 0.0)
-    sum_T, sum_1 = _sums(x, m, unit, inv_T, cap, MODE, SOFTCAP)
+    sum_T, sum_1 = _sums(x, m, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP)
     fine = has_shift & (sum_T < _LARGEST_SUM) & (sum_1 < _LARGEST_SUM)
     if fine == 0:
-        y = again(x, OPAQUE)
-        m = tl.max(logit(y.to(tl.float32), cap, SOFTCAP), 0)
+        m = tl.zeros((), tl.float32) + float("-inf")
+        for tile in tl.static_range(TILES):
+            low, high = _halves(x[tile], cap, FORMAT, SOFTCAP)
+            m = tl.maximum(m, tl.max(tl.maximum(low, high), 0))
         safe = tl.where(m == float("-inf"), 0.0, m)
-        sum_T, sum_1 = _sums(y, safe, unit, inv_T, cap, MODE, SOFTCAP)
+        sum_T, sum_1 = _sums(x, safe, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP)
     return sum_T, sum_1, m
 
 
@@ -121,9 +201,7 @@ def whole_row(
 
 
 @triton.jit
-def slice_gradient(x, shift, unit, inv_T, cap, a, c, MODE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """a exp((z - m)/T) + c exp(z - m), through the cap."""
-    z = logit(x.to(tl.float32), cap, SOFTCAP)
+def _gradient(z, shift, unit, inv_T, cap, a, c, MODE: tl.constexpr, SOFTCAP: tl.constexpr):
     if MODE == 5:
         e_T, e_1 = powers(z, shift, unit, inv_T, MODE)
         g = e_T * a + e_1 * c
@@ -140,3 +218,16 @@ def slice_gradient(x, shift, unit, inv_T, cap, a, c, MODE: tl.constexpr, SOFTCAP
         else:
             g = u * (a + c * (u * u * u))
     return g * slope(z, cap, SOFTCAP)
+
+
+@triton.jit
+def tile_gradient(x, m, unit, inv_T, cap, a, c, FORMAT: tl.constexpr, MODE: tl.constexpr,
+                  SOFTCAP: tl.constexpr, OPAQUE: tl.constexpr):  # fmt: skip
+    """a exp((z - m)/T) + c exp(z - m), through the cap; in the slice's format."""
+    low, high = _halves(_again(x, OPAQUE), cap, FORMAT, SOFTCAP)
+    shift = m * unit
+    g = _gradient(low, shift, unit, inv_T, cap, a, c, MODE, SOFTCAP)
+    if FORMAT != 0:
+        g_high = _gradient(high, shift, unit, inv_T, cap, a, c, MODE, SOFTCAP)
+        g = _join(g, g_high, FORMAT, OPAQUE)
+    return g
