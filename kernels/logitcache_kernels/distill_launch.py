@@ -22,7 +22,6 @@ _MODES = {1.0: T_1, 1.5: T_3_2, 2.0: T_2, 3.0: T_3, 4.0: T_4}
 _DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 _TAILS = {"bucket": 0, "renormalise": 1, "none": 2}
 _TABOO_SLICE = 32
-_ALIGNMENT = 64  # elements at which a slice may begin: whole lines of memory
 _PAIRS = {torch.bfloat16: BF16_PAIRS, torch.float16: FP16_PAIRS}
 INTERPRETED = not hasattr(rows_kernel, "warmup") or type(rows_kernel).__name__ != "JITFunction"
 
@@ -30,13 +29,13 @@ INTERPRETED = not hasattr(rows_kernel, "warmup") or type(rows_kernel).__name__ !
 class RowConfig(NamedTuple):
     """How rows are cut into slices, and how programs share the device."""
 
-    tile: int  # elements computed at once, a power of two
-    tiles: int  # of a slice, one after the other: fewer registers
+    tile: int  # elements loaded at once, a power of two
+    tiles: int  # of a slice
     warps: int
     per_multiprocessor: int  # programs; times warps * 32 * registers at most 65536
     registers: int  # at most, a thread
-    ahead: bool = True  # load the next slice while this one waits for its row
-    plan_warps: int = 2
+    stages: int = 3
+    plan_warps: int = 1
 
 
 class Row(NamedTuple):
@@ -53,10 +52,10 @@ class Row(NamedTuple):
 def choose_config(vocab_size: int, element_size: int) -> RowConfig:
     """The fastest of a sweep on an H200 (docs/kernels.md); frozen, as tuning in place corrupts."""
     if INTERPRETED:  # programs run one after the other: none may wait for another
-        return RowConfig(triton.next_power_of_2(vocab_size) // 2, 2, 4, 1, 0)
+        return RowConfig(triton.next_power_of_2(vocab_size) // 2, 2, 4, 1, 0, 1)
     if element_size > 2:
-        return RowConfig(4096, 2, 8, 2, 128)
-    return RowConfig(4096, 3, 8, 2, 128)
+        return RowConfig(2048, 4, 4, 3, 128)
+    return RowConfig(4096, 4, 4, 3, 128)
 
 
 def _stride(x: torch.Tensor | None) -> int:
@@ -174,8 +173,6 @@ def launch(
     config = config or choose_config(vocab_size, logits_RV.element_size())
     most = config.tile * config.tiles
     slices = triton.cdiv(vocab_size, most)
-    size = triton.cdiv(triton.cdiv(vocab_size, slices), _ALIGNMENT) * _ALIGNMENT
-    slices = triton.cdiv(vocab_size, size)
     programs = _num_programs(num_rows * slices, device, config)
     if gradient_RV is None:
         out = NO_GRADIENT
@@ -193,19 +190,19 @@ def launch(
     shared = _shared_constants(row, num_taboo, mode, softcap)
     width = len(row.teachers) * _padded(max(t.ids_RK.shape[1] for t in row.teachers))
 
-    def new(columns: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-        return torch.empty(num_rows, columns, dtype=dtype, device=device) if wanted else None
+    def new(columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(num_rows, columns, dtype=dtype, device=device)
 
     slots = triton.cdiv(num_taboo, _TABOO_SLICE) * _TABOO_SLICE
     padded = triton.next_power_of_2(slices)
     plan = _Plan(
         new(NUMBERS.value),
-        new(width, dtype=torch.int32),
+        new(width, torch.int32),
         new(width),
         new(width),
-        new(width, shared["HAS_R"]),
-        new(slots, shared["TABOO"] == 1),
-        new(2 * padded, slices > 1, torch.int64),
+        new(width) if shared["HAS_R"] else None,
+        new(slots) if shared["TABOO"] == 1 else None,
+        new(2 * padded, torch.int64),
     )
     _run_plan(
         logits_RV, vocab_size, num_rows, row, diagnostics, plan, shared,
@@ -217,7 +214,7 @@ def launch(
         launched.update(maxnreg=config.registers, launch_cooperative_grid=slices > 1)
     rows_kernel[(programs,)](
         x, work_x, gradient_RV, index_R, num_rows, x.stride(0), work_x.stride(0),
-        gradient_RV.stride(0), size // per, x.shape[1], row.taboo_RK, _stride(row.taboo_RK), row.per_item, *diagnostics, *plan,
+        gradient_RV.stride(0), x.shape[1], row.taboo_RK, _stride(row.taboo_RK), row.per_item, *diagnostics, *plan,
         num_taboo, vocab_size,
         spec.temperature, 1.0 / spec.temperature, math.log2(math.e) / UNIT[mode], spec.alpha,
         spec.beta, spec.gamma, spec.jsd_beta, 1.0 if softcap is None else softcap,
@@ -230,7 +227,7 @@ def launch(
         TILES=config.tiles,
         BLOCK=config.tile // per,
         FORMAT=x_format,
-        AHEAD=config.ahead,
+        STAGES=config.stages,
         OPAQUE=not INTERPRETED,
         **launched,
     )  # fmt: skip
@@ -245,8 +242,8 @@ def _num_programs(num_items: int, device: torch.device, config: RowConfig) -> in
     """A program for each place on the device, not more than slices."""
     if device.type != "cuda":
         return min(num_items, 3)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(num_items, processors * config.per_multiprocessor)
+    device_ = torch.cuda.get_device_properties(device)
+    return min(num_items, device_.multi_processor_count * config.per_multiprocessor)
 
 
 def new_diagnostics(num_rows: int, device: torch.device) -> list[torch.Tensor]:

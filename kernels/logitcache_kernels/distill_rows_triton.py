@@ -50,13 +50,7 @@ from .distill_plan_triton import (
     TAIL_MASS,
     VALUE,
 )
-from .distill_slice_triton import (
-    load_slice,
-    slice_sums,
-    store_tile,
-    tile_gradient,
-    whole_row,
-)
+from .distill_slice_triton import copy_slice, guarded_sums, publish, sweep, too_large, whole_row
 from .distill_taboo_triton import taboo_divergence, taboo_gradient, taboo_leave_out
 from .distill_terms_triton import FLOOR, powers, slope, tail_slopes, terms
 from .gate_triton import LOG2E, sum2
@@ -64,9 +58,10 @@ from .gate_triton import LOG2E, sum2
 
 @triton.jit
 def _item(item, num_rows, index_ptr, strategy_ptr, C: tl.constexpr, HAS_INDEX: tl.constexpr):
-    """Row, position and strategy of an item; past the end the strategy is SKIP."""
-    row = (tl.zeros((), tl.int64) + item) // C
-    live = row < num_rows
+    """Row, position and strategy of an item; before the first and past the last it is SKIP."""
+    item = tl.zeros((), tl.int32) + item
+    row = (tl.maximum(item, 0) // C).to(tl.int64)
+    live = (item >= 0) & (row < num_rows)
     position = row
     if HAS_INDEX:
         position = tl.load(index_ptr + row, mask=live, other=0).to(tl.int64)
@@ -77,7 +72,7 @@ def _item(item, num_rows, index_ptr, strategy_ptr, C: tl.constexpr, HAS_INDEX: t
 @triton.jit
 def rows_kernel(
     x_ptr, work_x_ptr, work_ptr, index_ptr, num_rows, x_stride, work_x_stride, work_stride,
-    x_size, x_end,  # elements (of x) in a slice and in a row
+    x_end,  # elements (of x) in a row
     taboo_ptr, taboo_stride, per_item_ptr,
     loss_ptr, strategy_ptr, js_ptr, kd_ptr, ce_ptr, weight_ptr,
     numbers_ptr, list_ids_ptr, list_z_ptr, list_p_ptr, list_r_ptr, slots_ptr, partial_ptr,
@@ -90,9 +85,9 @@ def rows_kernel(
     OUT: tl.constexpr,  # 0 in place, 1 gradient elsewhere, 2 no gradient (work: a slice a program)
     HAS_INDEX: tl.constexpr,  # logits row i belongs to position index[i]
     C: tl.constexpr, CP: tl.constexpr,  # slices of a row; the next power of two
-    TILES: tl.constexpr, BLOCK: tl.constexpr,  # of a slice; elements (of x) in a tile
-    FORMAT: tl.constexpr,  # x has words of 16-bit elements, or elements
-    AHEAD: tl.constexpr,  # whether the next slice is loaded early
+    TILES: tl.constexpr, BLOCK: tl.constexpr,  # tiles of a slice; elements (of x) in a tile
+    FORMAT: tl.constexpr,  # x has words of two 16-bit elements, or elements
+    STAGES: tl.constexpr,  # tiles that are loaded ahead, and one
     OPAQUE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -100,88 +95,43 @@ def rows_kernel(
     minus_inf = float("-inf")
     per_item = tl.load(per_item_ptr)
     entry = tl.arange(0, WIDTH)
+    x_size = TILES * BLOCK
     size = x_size if FORMAT == 0 else 2 * x_size
-    next_row, next_position, next_strategy = _item(
-        program, num_rows, index_ptr, strategy_ptr, C, HAS_INDEX
-    )
-    next_begin = (program % C) * x_size
-    if AHEAD:
-        # Nothing is read of a position without loss.
-        next_left = tl.where(next_strategy != 3, x_end - next_begin, 0)
-        next_x = load_slice(
-            x_ptr, next_row * x_stride + next_begin, x_size, next_left, TILES, BLOCK, FORMAT
-        )
-    for item in range(program, num_rows * C, programs):
-        row, position, strategy = next_row, next_position, next_strategy
-        part = item % C
-        x_begin = next_begin
-        left = x_end - x_begin
+    for item in range(program - 2 * programs, num_rows * C, programs):
+        # This item: its row's sums are known, or will be in a moment.
+        row, position, strategy = _item(item, num_rows, index_ptr, strategy_ptr, C, HAS_INDEX)
+        part = (item + 2 * C * programs) % C  # of a number that is not negative
+        x_begin = part * x_size
         begin = part * size
         end = tl.minimum(begin + size, V)
-        if AHEAD:
-            x = next_x
-        next_row, next_position, next_strategy = _item(
-            item + programs, num_rows, index_ptr, strategy_ptr, C, HAS_INDEX
-        )
-        next_begin = ((item + programs) % C) * x_size
-        if AHEAD:
-            next_left = tl.where(next_strategy != 3, x_end - next_begin, 0)
-            next_x = load_slice(
-                x_ptr, next_row * x_stride + next_begin, x_size, next_left, TILES, BLOCK, FORMAT
-            )
-        if OUT == 2:
-            work_first = program.to(tl.int64) * work_x_stride
-            work = work_ptr + program.to(tl.int64) * work_stride - begin
-        else:
-            work_first = row * work_x_stride + x_begin
-            work = work_ptr + row * work_stride
-
-        if strategy == 3:
-            if OUT != 2:
-                for tile in tl.static_range(TILES):
-                    zeros = tl.zeros([BLOCK], work_x_ptr.dtype.element_ty)
-                    store_tile(work_x_ptr, work_first, x_size, left, tile, zeros, BLOCK)
-        else:
-            if AHEAD == 0:
-                x = load_slice(
-                    x_ptr, row * x_stride + x_begin, x_size, left, TILES, BLOCK, FORMAT
-                )
-            # The list, and of it what lies in this slice.
+        work_x = work_x_ptr + row * work_x_stride + x_begin
+        work = work_ptr + row * work_stride
+        m = tl.zeros((), tl.float32)
+        a = tl.zeros((), tl.float32)
+        c = tl.zeros((), tl.float32)
+        ids = tl.full([WIDTH], -1, tl.int32)
+        g = tl.zeros([WIDTH], tl.float32)
+        gold = tl.full((), -1, tl.int32)
+        g_gold = tl.zeros((), tl.float32)
+        if TABOO == 1:
+            per_T = tl.zeros((), tl.float32)
+            scale_d = tl.zeros((), tl.float32)
+            taboo_slope = tl.zeros((), tl.float32)
+            log_sum_T = tl.zeros((), tl.float32)
+            per_inside = tl.zeros((), tl.float32)
+            slots = slots_ptr + row * (tl.cdiv(NT, TB) * TB)
+        if strategy != 3:
             numbers = numbers_ptr + row * NUMBERS
             at_list = row * WIDTH + entry
             ids = tl.load(list_ids_ptr + at_list)
             z = tl.load(list_z_ptr + at_list)
             p = tl.load(list_p_ptr + at_list)
-            mine = (ids >= begin) & (ids < end)
             gold = tl.load(numbers + GOLD_ID).to(tl.int32)
             gold_T = tl.load(numbers + GOLD_T)
             gold_alone = gold_T >= 0.0
-            gold_mine = gold_alone & (gold >= begin) & (gold < end)
-            if TABOO:
-                first_taboo = position * taboo_stride
-                last_taboo = first_taboo + NT
-            if TABOO == 1:
-                slots = slots_ptr + row * (tl.cdiv(NT, TB) * TB)
-            if OUT != 0:  # a copy that may lose them
-                for tile in tl.static_range(TILES):
-                    store_tile(work_x_ptr, work_first, x_size, left, tile, x[tile], BLOCK)
-                tl.debug_barrier()
-                tl.store(work + ids, minus_inf, mask=mine)
-                tl.store(work + gold, minus_inf, mask=gold_mine)
-                if TABOO:
-                    taboo_leave_out(
-                        work, begin, end, taboo_ptr, first_taboo, last_taboo, V, TB
-                    )
-                tl.debug_barrier()
-                x = load_slice(work_x_ptr, work_first, x_size, left, TILES, BLOCK, FORMAT)
-
             shift = tl.load(numbers + SHIFT)
-            rest_T, rest_1, m = slice_sums(
-                x, shift, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP
-            )
-            rest_T, rest_1, m = whole_row(
-                partial_ptr, row, part, rest_T, rest_1, m, shift, inv_T, C, CP
-            )
+            weight = tl.load(weight_ptr + position)
+            rest_T, rest_1, m = whole_row(partial_ptr, row, shift, inv_T, C, CP)
             # The plan's sums, to the same shift (a factor of 1 nearly always).
             lead = tl.where(shift > minus_inf, shift, 0.0) - m
             plan_T = tl.exp2(lead * (inv_T * LOG2E))
@@ -197,8 +147,6 @@ def rows_kernel(
             log_sum_T = tl.log(tl.where(masked, 1.0, sum_T))
             z_gold = tl.load(numbers + GOLD_LOGIT)
             has_ce = (gold >= 0) & (z_gold != minus_inf)
-            ce = tl.log(tl.where(masked, 1.0, sum_1)) - (z_gold - m)
-            ce = tl.where(has_ce, ce, 0.0)
             tail_q = (rest_T + alone_T) * per_T
             inside = inside * per_T
 
@@ -208,90 +156,141 @@ def rows_kernel(
             if TAIL == 1:
                 per_inside = 1.0 / tl.maximum(inside, FLOOR)
                 log_inside = tl.log(tl.maximum(inside, FLOOR))
+            log_sum_T += log_inside  # a renormalised student's
             q, n = powers(z, m * unit, unit, inv_T, MODE)
             q = q * per_T
             if KIND == 0:
                 mass = tl.load(numbers + MASS)
-                value = tl.load(numbers + VALUE) + mass * (
-                    log_sum_T - lead * inv_T + log_inside
-                )
+                value = tl.load(numbers + VALUE) + mass * (log_sum_T - lead * inv_T)
                 b_sum = -mass
                 b = -p
             else:
                 reach = (ids >= 0) & (z != minus_inf)
-                log_q = tl.where(reach, (z - m) * inv_T - log_sum_T - log_inside, 0.0)
+                log_q = tl.where(reach, (z - m) * inv_T - log_sum_T, 0.0)
                 value, b = terms(p, q * per_inside, log_q, 1.0, jsd_beta, KIND)
                 value, b_sum = sum2(value, b)
                 if TABOO == 1:
                     vt, bt = taboo_divergence(
-                        slots, NT, m * unit, unit, m, inv_T, per_T, log_sum_T + log_inside,
-                        per_inside, jsd_beta, MODE, KIND, TB,
+                        slots, NT, m * unit, unit, m, inv_T, per_T, log_sum_T, per_inside,
+                        jsd_beta, MODE, KIND, TB,
                     )  # fmt: skip
                     value += vt
                     b_sum += bt
             vt, kappa, omega = tail_slopes(
                 b_sum, tl.load(numbers + TAIL_MASS), tail_q, inside, jsd_beta, TAIL, KIND
             )
-            kd = T * T * (value + vt)
-            kd = tl.where(strategy == 2, ce, tl.where(masked, 0.0, kd))
-            loss = alpha * ce + beta * kd
-            weight = tl.load(weight_ptr + position)
+            value += vt
             scale_c = tl.where(strategy == 2, alpha + beta, alpha)
             scale_c = tl.where(has_ce, weight * scale_c * per_item, 0.0)
             scale_d = tl.where((strategy == 2) | masked, 0.0, weight * beta * T * per_item)
             g = scale_d * (b - kappa * q)
             dense = scale_d * omega
             taboo_slope = scale_d * kappa
+            agree = 0.0
             if HAS_R:
                 # R = (1 - JS) KL(p1^T || q), for blended positions.
                 share = 1.0 - tl.load(js_ptr + position)
                 share = tl.where((strategy == 0) & (masked == 0), gamma * share, 0.0)
                 others_r = tl.load(numbers + R_OTHERS) * (plan_T * per_T)
                 inside_r = inside - others_r
-                log_inside_r = 0.0
+                log_sum_r = log_sum_T
                 if TAIL == 1:
-                    log_inside_r = tl.log(tl.maximum(inside_r, FLOOR))
+                    log_sum_r += tl.log(tl.maximum(inside_r, FLOOR)) - log_inside
                 mass_r = tl.load(numbers + R_MASS)
-                value = tl.load(numbers + R_VALUE) + mass_r * (
-                    log_sum_T - lead * inv_T + log_inside_r
-                )
+                agree = tl.load(numbers + R_VALUE) + mass_r * (log_sum_r - lead * inv_T)
                 vt, kappa_r, omega_r = tail_slopes(
                     -mass_r, tl.load(numbers + R_TAIL_MASS), tail_q + others_r, inside_r, jsd_beta,
                     TAIL, 0,
                 )  # fmt: skip
-                loss += share * (value + vt)
+                agree = share * (agree + vt)
                 scale_r = weight * share * inv_T * per_item
                 pr = tl.load(list_r_ptr + at_list)
                 g += scale_r * tl.where(pr < 0.0, omega_r * q, -pr - kappa_r * q)
                 dense += scale_r * omega_r
                 taboo_slope += scale_r * kappa_r
             if part == 0:
-                tl.store(loss_ptr + position, weight * loss)
+                ce = tl.log(tl.where(masked, 1.0, sum_1)) - (z_gold - m)
+                ce = tl.where(has_ce, ce, 0.0)
+                kd = tl.where(strategy == 2, ce, tl.where(masked, 0.0, T * T * value))
+                tl.store(loss_ptr + position, weight * (alpha * ce + beta * kd + agree))
                 tl.store(kd_ptr + position, kd)
                 tl.store(ce_ptr + position, ce)
+            a = dense * per_T
+            c = scale_c * per_1
+            # What the sweep below cannot know: the entries that were left out of it.
+            behind_gold = -scale_c * others * per_1  # scale_c (q' - 1), without cancellation
+            g += tl.where(ids == gold, behind_gold, n * c)
+            g = g * slope(z, cap, SOFTCAP)
+            g_gold = (a * alone_T + behind_gold) * slope(z_gold, cap, SOFTCAP)
+            gold = tl.where(gold_alone, gold, -1)
 
-            # The gradient: the whole slice, then what was left out.
-            if OUT != 2:
-                a = dense * per_T
-                c = scale_c * per_1
-                for tile in tl.static_range(TILES):
-                    dense_x = tile_gradient(
-                        x[tile], m, unit, inv_T, cap, a, c, FORMAT, MODE, SOFTCAP, OPAQUE
-                    )
-                    store_tile(work_x_ptr, work_first, x_size, left, tile, dense_x, BLOCK)
+        # A later item, whose sums this program owes to the others.
+        later_row, later_position, later_strategy = _item(
+            item + 2 * programs, num_rows, index_ptr, strategy_ptr, C, HAS_INDEX
+        )
+        later_part = (item + 2 * programs) % C
+        later_begin = later_part * x_size
+        # Nothing is read of a position without loss.
+        later_left = tl.where(later_strategy != 3, x_end - later_begin, 0)
+        later_shift = minus_inf
+        if later_strategy != 3:
+            later_shift = tl.load(numbers_ptr + later_row * NUMBERS + SHIFT)
+        later_m = tl.where(later_shift > minus_inf, later_shift, 0.0)
+        later = x_ptr + later_row * x_stride + later_begin
+        if OUT != 0:
+            # The logits stay: a copy is what loses the entries, and becomes the gradient.
+            later_work_row = program.to(tl.int64) if OUT == 2 else later_row
+            first = 0 if OUT == 2 else later_begin
+            copy = work_x_ptr + later_work_row * work_x_stride + first
+            if later_strategy != 3:
+                copy_slice(later, copy, later_left, TILES, BLOCK, FORMAT)
+                later_work = work_ptr + later_work_row * work_stride
+                later_first = later_part * size
+                if OUT == 2:
+                    later_work -= later_first
+                later_last = tl.minimum(later_first + size, V)
+                lost = tl.load(list_ids_ptr + later_row * WIDTH + entry)
+                numbers = numbers_ptr + later_row * NUMBERS
+                lost_gold = tl.load(numbers + GOLD_ID).to(tl.int32)
+                lost_gold = tl.where(tl.load(numbers + GOLD_T) >= 0.0, lost_gold, -1)
                 tl.debug_barrier()
-                behind_gold = -scale_c * others * per_1  # scale_c (q' - 1), without cancellation
-                g += tl.where(ids == gold, behind_gold, scale_c * n * per_1)
-                g = g * slope(z, cap, SOFTCAP)
-                tl.store(work + ids, g.to(work_ptr.dtype.element_ty), mask=mine)
-                g_gold = dense * alone_T * per_T + behind_gold
-                g_gold = g_gold * slope(z_gold, cap, SOFTCAP)
-                tl.store(work + gold, g_gold.to(work_ptr.dtype.element_ty), mask=gold_mine)
-                if TABOO == 1:
-                    taboo_gradient(
-                        work, begin, end, slots, taboo_ptr, first_taboo, last_taboo, V, m * unit,
-                        unit, m, inv_T, per_T, c, scale_d, taboo_slope, log_sum_T + log_inside,
-                        per_inside, jsd_beta, cap, MODE, KIND, SOFTCAP, TB,
+                inside_it = (lost >= later_first) & (lost < later_last)
+                tl.store(later_work + lost, minus_inf, mask=inside_it)
+                inside_it = (lost_gold >= later_first) & (lost_gold < later_last)
+                tl.store(later_work + lost_gold, minus_inf, mask=inside_it)
+                if TABOO:
+                    first_taboo = later_position * taboo_stride
+                    taboo_leave_out(
+                        later_work, later_first, later_last, taboo_ptr, first_taboo,
+                        first_taboo + NT, V, TB,
                     )  # fmt: skip
-            else:
-                tl.debug_barrier()  # the scratch is used again by the next item
+                tl.debug_barrier()
+            later = copy
+
+        now_left = tl.where(strategy != 3, x_end - x_begin, 0)
+        now_size = tl.where(item >= 0, x_end - x_begin, 0)
+        later_T, later_1 = sweep(
+            later, later_left, later_m, work_x, now_left, now_size, m, a, c, unit, inv_T, cap,
+            TILES, BLOCK, STAGES, OUT != 2, FORMAT, MODE, SOFTCAP, OPAQUE,
+        )  # fmt: skip
+        if later_strategy != 3:
+            if too_large(later_T, later_1) | (later_shift == minus_inf):
+                later_T, later_1, later_m = guarded_sums(
+                    later, later_left, unit, inv_T, cap, TILES, BLOCK, FORMAT, MODE, SOFTCAP
+                )
+            publish(partial_ptr, later_row, later_part, later_T, later_1, later_m, CP)
+        if (OUT != 2) & (strategy != 3):
+            tl.debug_barrier()
+            mine = (ids >= begin) & (ids < end)
+            tl.store(work + ids, g.to(work_ptr.dtype.element_ty), mask=mine)
+            mine = (gold >= begin) & (gold < end)
+            tl.store(work + gold, g_gold.to(work_ptr.dtype.element_ty), mask=mine)
+            if TABOO == 1:
+                first_taboo = position * taboo_stride
+                taboo_gradient(
+                    work, begin, end, slots, taboo_ptr, first_taboo, first_taboo + NT, V, m * unit,
+                    unit, m, inv_T, per_T, c, scale_d, taboo_slope, log_sum_T, per_inside,
+                    jsd_beta, cap, MODE, KIND, SOFTCAP, TB,
+                )  # fmt: skip
+        if OUT == 2:
+            tl.debug_barrier()  # the scratch is used again by the next item

@@ -1,4 +1,4 @@
-"""A slice of a row in registers: its sums, what the row's other slices sum to, its gradient.
+"""Slices of a row: one loop over two of them, what a row sums to, the elements' formats.
 
 Programs that share a row tell each other their sums through memory, in two 64-bit words each: both
 sums, and the shift they were taken with. A word is whole when it is seen at all, so the words
@@ -16,24 +16,8 @@ from .gate_triton import LOG2E, sum2
 # A sum above this is taken again with a better shift: its reciprocal would near fp32's smallest.
 _LARGEST_SUM = tl.constexpr(1e18)
 _NOTHING = tl.constexpr(-1)  # as two floats: NaNs that no operation yields
-
-
-# How a slice's elements stand in registers: one each, or as words of two 16-bit numbers.
+# How a slice's elements are read: one by one, or as words of two 16-bit numbers.
 SINGLE, BF16_PAIRS, FP16_PAIRS = 0, 1, 2
-
-
-@triton.jit
-def _again(x, OPAQUE: tl.constexpr):
-    """The same values, as something the compiler knows nothing of.
-
-    Without it, exponentials and conversions to float32 made for the sums are kept for the gradient,
-    at 4 bytes and more an element; the elements alone are 2.
-    """
-    if OPAQUE and x.dtype.primitive_bitwidth == 32:
-        x = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1
-        )
-    return x
 
 
 @triton.jit
@@ -78,126 +62,41 @@ def _join(low, high, FORMAT: tl.constexpr, OPAQUE: tl.constexpr):
 
 
 @triton.jit
-def load_slice(x_ptr, first, size, left, TILES: tl.constexpr, BLOCK: tl.constexpr,
-               FORMAT: tl.constexpr):  # fmt: skip
-    """TILES tiles of BLOCK elements: a tuple, so that sums need few registers beside it.
-
-    size: of a slice; left: how much of the row there is from its first element on.
-    """
+def load_tile(ptr, at, left, FORMAT: tl.constexpr):
+    """Elements (or words) at the places below left; -inf, which adds nothing, at others."""
     if FORMAT == 1:
-        none = -8323200  # 0xff80ff80, twice -inf
+        none = -8323200  # 0xff80ff80
     elif FORMAT == 2:
         none = -67044352  # 0xfc00fc00
     else:
         none = float("-inf")
-    at = tl.arange(0, BLOCK)
-    x = (tl.load(x_ptr + first + at, mask=(at < size) & (at < left), other=none),)
-    for tile in tl.static_range(1, TILES):
-        at = tile * BLOCK + tl.arange(0, BLOCK)
-        x = x + (tl.load(x_ptr + first + at, mask=(at < size) & (at < left), other=none),)
-    return x
+    return tl.load(ptr + at, mask=at < left, other=none)
 
 
 @triton.jit
-def store_tile(x_ptr, first, size, left, tile: tl.constexpr, x, BLOCK: tl.constexpr):
-    """Write one tile of a slice; what is written is not read again soon."""
-    at = tile * BLOCK + tl.arange(0, BLOCK)
-    here = (at < size) & (at < left)
-    tl.store(x_ptr + first + at, x.to(x_ptr.dtype.element_ty), mask=here, cache_modifier=".cs")
-
-
-@triton.jit
-def _sums(x, m, unit, inv_T, cap, TILES: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
-          SOFTCAP: tl.constexpr):  # fmt: skip
-    shift = m * unit
-    e_T = 0.0
-    e_1 = 0.0
-    for tile in tl.static_range(TILES):
-        low, high = _halves(x[tile], cap, FORMAT, SOFTCAP)
-        low_T, low_1 = powers(low, shift, unit, inv_T, MODE)
-        e_T += low_T
-        e_1 += low_1
-        if FORMAT != 0:
-            high_T, high_1 = powers(high, shift, unit, inv_T, MODE)
-            e_T += high_T
-            e_1 += high_1
+def _add(acc_T, acc_1, x, shift, unit, inv_T, cap, FORMAT: tl.constexpr, MODE: tl.constexpr,
+         SOFTCAP: tl.constexpr):  # fmt: skip
+    low, high = _halves(x, cap, FORMAT, SOFTCAP)
+    e_T, e_1 = powers(low, shift, unit, inv_T, MODE)
+    acc_T += e_T
     if MODE != 0:
-        sum_T, sum_1 = sum2(e_T, e_1)
+        acc_1 += e_1
+    if FORMAT != 0:
+        e_T, e_1 = powers(high, shift, unit, inv_T, MODE)
+        acc_T += e_T
+        if MODE != 0:
+            acc_1 += e_1
+    return acc_T, acc_1
+
+
+@triton.jit
+def _total(acc_T, acc_1, MODE: tl.constexpr):
+    if MODE != 0:
+        sum_T, sum_1 = sum2(acc_T, acc_1)
     else:
-        sum_T = tl.sum(e_T, 0)
+        sum_T = tl.sum(acc_T, 0)
         sum_1 = sum_T
     return sum_T, sum_1
-
-
-@triton.jit
-def slice_sums(x, shift, unit, inv_T, cap, TILES: tl.constexpr, FORMAT: tl.constexpr,
-               MODE: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
-    """Sums of exp((z - m)/T) and exp(z - m), and their m: the shift, or where a sum grows too large
-    or there is no shift (-inf) the slice's own maximum (-inf where all of it is -inf)."""
-    has_shift = shift > float("-inf")
-    m = tl.where(has_shift, shift, 0.0)
-    sum_T, sum_1 = _sums(x, m, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP)
-    fine = has_shift & (sum_T < _LARGEST_SUM) & (sum_1 < _LARGEST_SUM)
-    if fine == 0:
-        m = tl.zeros((), tl.float32) + float("-inf")
-        for tile in tl.static_range(TILES):
-            low, high = _halves(x[tile], cap, FORMAT, SOFTCAP)
-            m = tl.maximum(m, tl.max(tl.maximum(low, high), 0))
-        safe = tl.where(m == float("-inf"), 0.0, m)
-        sum_T, sum_1 = _sums(x, safe, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP)
-    return sum_T, sum_1, m
-
-
-@triton.jit
-def _pack(low, high):
-    low = low.to(tl.uint32, bitcast=True).to(tl.uint64)
-    high = high.to(tl.uint32, bitcast=True).to(tl.uint64)
-    return ((high << 32) | low).to(tl.int64, bitcast=True)
-
-
-@triton.jit
-def _low(word):
-    return word.to(tl.uint64, bitcast=True).to(tl.uint32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _high(word):
-    return (word.to(tl.uint64, bitcast=True) >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def whole_row(
-    partial_ptr, row, part, sum_T, sum_1, m, shift, inv_T, C: tl.constexpr, CP: tl.constexpr
-):
-    """Sums over all C slices and their common shift M >= shift: in order, so the same in each.
-
-    The programs of a row all run at once (a cooperative launch), each takes its items in rising
-    order, and none waits before its own words are out: so every wait ends.
-    """
-    if C == 1:
-        M = tl.maximum(m, shift)
-        M = tl.where(M == float("-inf"), 0.0, M)
-        sum_T = sum_T * tl.exp2((m - M) * (inv_T * LOG2E))
-        sum_1 = sum_1 * tl.exp2((m - M) * LOG2E)
-    else:
-        partial = partial_ptr + row * (2 * CP)
-        tl.store(partial + part, _pack(sum_T, sum_1))
-        tl.store(partial + CP + part, _pack(m, m))
-        at = tl.arange(0, CP)
-        sums = tl.load(partial + at, mask=at < C, other=0, volatile=True)
-        shifts = tl.load(partial + CP + at, mask=at < C, other=0, volatile=True)
-        missing = tl.sum(((sums == _NOTHING) | (shifts == _NOTHING)).to(tl.int32), 0)
-        while missing > 0:
-            sums = tl.load(partial + at, mask=at < C, other=0, volatile=True)
-            shifts = tl.load(partial + CP + at, mask=at < C, other=0, volatile=True)
-            missing = tl.sum(((sums == _NOTHING) | (shifts == _NOTHING)).to(tl.int32), 0)
-        ms = tl.where(at < C, _low(shifts), float("-inf"))
-        M = tl.maximum(tl.max(ms, 0), shift)
-        M = tl.where(M == float("-inf"), 0.0, M)
-        every_T = tl.where(at < C, _low(sums) * tl.exp2((ms - M) * (inv_T * LOG2E)), 0.0)
-        every_1 = tl.where(at < C, _high(sums) * tl.exp2((ms - M) * LOG2E), 0.0)
-        sum_T, sum_1 = sum2(every_T, every_1)
-    return sum_T, sum_1, M
 
 
 @triton.jit
@@ -221,13 +120,123 @@ def _gradient(z, shift, unit, inv_T, cap, a, c, MODE: tl.constexpr, SOFTCAP: tl.
 
 
 @triton.jit
-def tile_gradient(x, m, unit, inv_T, cap, a, c, FORMAT: tl.constexpr, MODE: tl.constexpr,
-                  SOFTCAP: tl.constexpr, OPAQUE: tl.constexpr):  # fmt: skip
+def _tile_gradient(x, shift, unit, inv_T, cap, a, c, FORMAT: tl.constexpr, MODE: tl.constexpr,
+                   SOFTCAP: tl.constexpr, OPAQUE: tl.constexpr):  # fmt: skip
     """a exp((z - m)/T) + c exp(z - m), through the cap; in the slice's format."""
-    low, high = _halves(_again(x, OPAQUE), cap, FORMAT, SOFTCAP)
-    shift = m * unit
+    low, high = _halves(x, cap, FORMAT, SOFTCAP)
     g = _gradient(low, shift, unit, inv_T, cap, a, c, MODE, SOFTCAP)
     if FORMAT != 0:
         g_high = _gradient(high, shift, unit, inv_T, cap, a, c, MODE, SOFTCAP)
         g = _join(g, g_high, FORMAT, OPAQUE)
     return g
+
+
+@triton.jit
+def sweep(
+    later, later_left, later_m, now, now_left, now_size, now_m, a, c, unit, inv_T, cap,
+    tiles, BLOCK: tl.constexpr, STAGES: tl.constexpr, GRADIENT: tl.constexpr,
+    FORMAT: tl.constexpr, MODE: tl.constexpr, SOFTCAP: tl.constexpr, OPAQUE: tl.constexpr,
+):  # fmt: skip
+    """Add up a later slice, and overwrite one whose row is known by its gradient, tile by tile.
+
+    Of each slice the elements before its `left` are read; now_size are written. Gives both sums.
+    """
+    lane = tl.arange(0, BLOCK)
+    acc_T = tl.zeros([BLOCK], tl.float32)
+    acc_1 = tl.zeros([BLOCK], tl.float32)
+    later_shift = later_m * unit
+    now_shift = now_m * unit
+    for tile in tl.range(0, tiles, num_stages=STAGES):
+        at = tile * BLOCK + lane
+        x = load_tile(later, at, later_left, FORMAT)
+        acc_T, acc_1 = _add(acc_T, acc_1, x, later_shift, unit, inv_T, cap, FORMAT, MODE, SOFTCAP)
+        if GRADIENT:
+            x = load_tile(now, at, now_left, FORMAT)
+            g = _tile_gradient(
+                x, now_shift, unit, inv_T, cap, a, c, FORMAT, MODE, SOFTCAP, OPAQUE
+            )
+            tl.store(
+                now + at, g.to(now.dtype.element_ty), mask=at < now_size, cache_modifier=".cs"
+            )
+    return _total(acc_T, acc_1, MODE)
+
+
+@triton.jit
+def copy_slice(source, target, left, tiles, BLOCK: tl.constexpr, FORMAT: tl.constexpr):
+    """Copy what lies before left."""
+    for tile in range(0, tiles):
+        at = tile * BLOCK + tl.arange(0, BLOCK)
+        tl.store(target + at, load_tile(source, at, left, FORMAT), mask=at < left)
+
+
+@triton.jit
+def guarded_sums(ptr, left, unit, inv_T, cap, tiles, BLOCK: tl.constexpr, FORMAT: tl.constexpr,
+                 MODE: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
+    """The safe way: the slice's own maximum first (-inf where all of it is). Sums, maximum."""
+    lane = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    for tile in range(0, tiles):
+        x = load_tile(ptr, tile * BLOCK + lane, left, FORMAT)
+        low, high = _halves(x, cap, FORMAT, SOFTCAP)
+        top = tl.maximum(top, tl.maximum(low, high))
+    m = tl.max(top, 0)
+    shift = tl.where(m == float("-inf"), 0.0, m) * unit
+    acc_T = tl.zeros([BLOCK], tl.float32)
+    acc_1 = tl.zeros([BLOCK], tl.float32)
+    for tile in range(0, tiles):
+        x = load_tile(ptr, tile * BLOCK + lane, left, FORMAT)
+        acc_T, acc_1 = _add(acc_T, acc_1, x, shift, unit, inv_T, cap, FORMAT, MODE, SOFTCAP)
+    sum_T, sum_1 = _total(acc_T, acc_1, MODE)
+    return sum_T, sum_1, m
+
+
+@triton.jit
+def too_large(sum_T, sum_1):
+    """Whether sums need a better shift (NaN too: it stays NaN)."""
+    return ((sum_T < _LARGEST_SUM) & (sum_1 < _LARGEST_SUM)) == 0
+
+
+@triton.jit
+def _pack(low, high):
+    low = low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = high.to(tl.uint32, bitcast=True).to(tl.uint64)
+    return ((high << 32) | low).to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def _low(word):
+    return word.to(tl.uint64, bitcast=True).to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _high(word):
+    return (word.to(tl.uint64, bitcast=True) >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def publish(partial_ptr, row, part, sum_T, sum_1, m, CP: tl.constexpr):
+    """Tell the other slices of the row; m is -inf for a slice that has nothing but -inf."""
+    partial = partial_ptr + row * (2 * CP)
+    tl.store(partial + part, _pack(sum_T, sum_1))
+    tl.store(partial + CP + part, _pack(m, m))
+
+
+@triton.jit
+def whole_row(partial_ptr, row, shift, inv_T, C: tl.constexpr, CP: tl.constexpr):
+    """Sums over all C slices and their common shift M >= shift: in order, so the same in each."""
+    partial = partial_ptr + row * (2 * CP)
+    at = tl.arange(0, CP)
+    sums = tl.load(partial + at, mask=at < C, other=0, volatile=True)
+    shifts = tl.load(partial + CP + at, mask=at < C, other=0, volatile=True)
+    missing = tl.sum(((sums == _NOTHING) | (shifts == _NOTHING)).to(tl.int32), 0)
+    while missing > 0:
+        sums = tl.load(partial + at, mask=at < C, other=0, volatile=True)
+        shifts = tl.load(partial + CP + at, mask=at < C, other=0, volatile=True)
+        missing = tl.sum(((sums == _NOTHING) | (shifts == _NOTHING)).to(tl.int32), 0)
+    ms = tl.where(at < C, _low(shifts), float("-inf"))
+    M = tl.maximum(tl.max(ms, 0), shift)
+    M = tl.where(M == float("-inf"), 0.0, M)
+    every_T = tl.where(at < C, _low(sums) * tl.exp2((ms - M) * (inv_T * LOG2E)), 0.0)
+    every_1 = tl.where(at < C, _high(sums) * tl.exp2((ms - M) * LOG2E), 0.0)
+    sum_T, sum_1 = sum2(every_T, every_1)
+    return sum_T, sum_1, M
