@@ -34,7 +34,6 @@ class RowConfig(NamedTuple):
     warps: int
     per_multiprocessor: int  # programs; times warps * 32 * registers at most 65536
     registers: int  # at most, a thread
-    stages: int = 3
     plan_warps: int = 1
 
 
@@ -52,10 +51,10 @@ class Row(NamedTuple):
 def choose_config(vocab_size: int, element_size: int) -> RowConfig:
     """The fastest of a sweep on an H200 (docs/kernels.md); frozen, as tuning in place corrupts."""
     if INTERPRETED:  # programs run one after the other: none may wait for another
-        return RowConfig(triton.next_power_of_2(vocab_size) // 2, 2, 4, 1, 0, 1)
+        return RowConfig(triton.next_power_of_2(vocab_size) // 2, 2, 4, 1, 0)
     if element_size > 2:
-        return RowConfig(2048, 4, 4, 3, 128)
-    return RowConfig(4096, 4, 4, 3, 128)
+        return RowConfig(1024, 4, 4, 3, 168)
+    return RowConfig(2048, 4, 4, 3, 168)
 
 
 def _stride(x: torch.Tensor | None) -> int:
@@ -214,7 +213,7 @@ def launch(
         launched.update(maxnreg=config.registers, launch_cooperative_grid=slices > 1)
     rows_kernel[(programs,)](
         x, work_x, gradient_RV, index_R, num_rows, x.stride(0), work_x.stride(0),
-        gradient_RV.stride(0), x.shape[1], row.taboo_RK, _stride(row.taboo_RK), row.per_item, *diagnostics, *plan,
+        gradient_RV.stride(0), most // per, x.shape[1], row.taboo_RK, _stride(row.taboo_RK), row.per_item, *diagnostics, *plan,
         num_taboo, vocab_size,
         spec.temperature, 1.0 / spec.temperature, math.log2(math.e) / UNIT[mode], spec.alpha,
         spec.beta, spec.gamma, spec.jsd_beta, 1.0 if softcap is None else softcap,
@@ -227,7 +226,6 @@ def launch(
         TILES=config.tiles,
         BLOCK=config.tile // per,
         FORMAT=x_format,
-        STAGES=config.stages,
         OPAQUE=not INTERPRETED,
         **launched,
     )  # fmt: skip

@@ -50,29 +50,86 @@ from .distill_plan_triton import (
     TAIL_MASS,
     VALUE,
 )
-from .distill_slice_triton import copy_slice, guarded_sums, publish, sweep, too_large, whole_row
+from .distill_slice_triton import (
+    load_slice,
+    publish,
+    slice_sums,
+    store_tile,
+    tile_gradient,
+    whole_row,
+)
 from .distill_taboo_triton import taboo_divergence, taboo_gradient, taboo_leave_out
 from .distill_terms_triton import FLOOR, powers, slope, tail_slopes, terms
 from .gate_triton import LOG2E, sum2
 
 
 @triton.jit
-def _item(item, num_rows, index_ptr, strategy_ptr, C: tl.constexpr, HAS_INDEX: tl.constexpr):
-    """Row, position and strategy of an item; before the first and past the last it is SKIP."""
-    item = tl.zeros((), tl.int32) + item
-    row = (tl.maximum(item, 0) // C).to(tl.int64)
-    live = (item >= 0) & (row < num_rows)
+def _fetch(
+    item, num_rows, x_ptr, work_x_ptr, work_ptr, x_stride, work_x_stride, work_stride, x_size,
+    x_end, index_ptr, strategy_ptr, numbers_ptr, list_ids_ptr, taboo_ptr, taboo_stride, NT, V,
+    WIDTH: tl.constexpr, TB: tl.constexpr, TABOO: tl.constexpr, OUT: tl.constexpr,
+    HAS_INDEX: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    FORMAT: tl.constexpr,
+):  # fmt: skip
+    """An item's row, position and strategy (SKIP past the last), and its slice without the list."""
+    row = ((tl.zeros((), tl.int32) + item) // C).to(tl.int64)
+    live = row < num_rows
     position = row
     if HAS_INDEX:
         position = tl.load(index_ptr + row, mask=live, other=0).to(tl.int64)
     strategy = tl.load(strategy_ptr + position, mask=live, other=3).to(tl.int32)
-    return row, position, strategy
+    begin = (item % C) * x_size
+    left = tl.where(strategy != 3, x_end - begin, 0)  # nothing of a position without loss
+    x = load_slice(x_ptr + row * x_stride + begin, x_size, left, TILES, BLOCK, FORMAT)
+    if OUT != 0:
+        # The logits stay: a copy loses what the plan has, and is where the gradient goes.
+        work_x, work = _work(
+            work_x_ptr, work_ptr, row, item, work_x_stride, work_stride, x_size, C, OUT, FORMAT
+        )
+        tl.debug_barrier()  # a scratch is read to its end before it is used again
+        for tile in tl.static_range(TILES):
+            store_tile(work_x, x_size, left, tile, x[tile], BLOCK)
+        first = begin if FORMAT == 0 else 2 * begin
+        last = first + (x_size if FORMAT == 0 else 2 * x_size)
+        last = tl.where(strategy != 3, tl.minimum(last, V), 0)
+        entry = tl.arange(0, WIDTH)
+        some = tl.where(strategy != 3, WIDTH, 0)
+        ids = tl.load(list_ids_ptr + row * WIDTH + entry, mask=entry < some, other=-1)
+        gold = tl.load(numbers_ptr + row * NUMBERS + GOLD_ID, mask=last > 0, other=-1.0)
+        alone = tl.load(numbers_ptr + row * NUMBERS + GOLD_T, mask=last > 0, other=-1.0)
+        gold = tl.where(alone >= 0.0, gold.to(tl.int32), -1)
+        tl.debug_barrier()
+        tl.store(work + ids, float("-inf"), mask=(ids >= first) & (ids < last))
+        tl.store(work + gold, float("-inf"), mask=(gold >= first) & (gold < last))
+        if TABOO:
+            from_taboo = position * taboo_stride
+            taboo_leave_out(work, first, last, taboo_ptr, from_taboo, from_taboo + NT, V, TB)
+        tl.debug_barrier()
+        x = load_slice(work_x, x_size, left, TILES, BLOCK, FORMAT)
+    return row, position, strategy, x
+
+
+@triton.jit
+def _work(
+    work_x_ptr, work_ptr, row, item, work_x_stride, work_stride, x_size, C: tl.constexpr,
+    OUT: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """Where an item's slice is written, and the first element of its row there."""
+    begin = (item % C) * x_size
+    if OUT == 2:  # a scratch for each program
+        slot = tl.program_id(0).to(tl.int64)
+        work_x = work_x_ptr + slot * work_x_stride
+        work = work_ptr + slot * work_stride - (begin if FORMAT == 0 else 2 * begin)
+    else:
+        work_x = work_x_ptr + row * work_x_stride + begin
+        work = work_ptr + row * work_stride
+    return work_x, work
 
 
 @triton.jit
 def rows_kernel(
     x_ptr, work_x_ptr, work_ptr, index_ptr, num_rows, x_stride, work_x_stride, work_stride,
-    x_end,  # elements (of x) in a row
+    x_size, x_end,  # elements (of x) in a slice and in a row
     taboo_ptr, taboo_stride, per_item_ptr,
     loss_ptr, strategy_ptr, js_ptr, kd_ptr, ce_ptr, weight_ptr,
     numbers_ptr, list_ids_ptr, list_z_ptr, list_p_ptr, list_r_ptr, slots_ptr, partial_ptr,
@@ -85,9 +142,8 @@ def rows_kernel(
     OUT: tl.constexpr,  # 0 in place, 1 gradient elsewhere, 2 no gradient (work: a slice a program)
     HAS_INDEX: tl.constexpr,  # logits row i belongs to position index[i]
     C: tl.constexpr, CP: tl.constexpr,  # slices of a row; the next power of two
-    TILES: tl.constexpr, BLOCK: tl.constexpr,  # tiles of a slice; elements (of x) in a tile
+    TILES: tl.constexpr, BLOCK: tl.constexpr,  # of a slice; elements (of x) in a tile
     FORMAT: tl.constexpr,  # x has words of two 16-bit elements, or elements
-    STAGES: tl.constexpr,  # tiles that are loaded ahead, and one
     OPAQUE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -95,32 +151,45 @@ def rows_kernel(
     minus_inf = float("-inf")
     per_item = tl.load(per_item_ptr)
     entry = tl.arange(0, WIDTH)
-    x_size = TILES * BLOCK
     size = x_size if FORMAT == 0 else 2 * x_size
-    for item in range(program - 2 * programs, num_rows * C, programs):
-        # This item: its row's sums are known, or will be in a moment.
-        row, position, strategy = _item(item, num_rows, index_ptr, strategy_ptr, C, HAS_INDEX)
-        part = (item + 2 * C * programs) % C  # of a number that is not negative
-        x_begin = part * x_size
+    row, position, strategy, x = _fetch(
+        program, num_rows, x_ptr, work_x_ptr, work_ptr, x_stride, work_x_stride, work_stride,
+        x_size, x_end, index_ptr, strategy_ptr, numbers_ptr, list_ids_ptr, taboo_ptr,
+        taboo_stride, NT, V, WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK, FORMAT,
+    )  # fmt: skip
+    row_before, position_before, x_before = row, position, x
+    strategy_before = tl.full((), 3, tl.int32)
+    for item in range(program, num_rows * C + programs, programs):
+        # What this slice adds to its row's sums.
+        if strategy != 3:
+            shift = tl.load(numbers_ptr + row * NUMBERS + SHIFT)
+            sum_T, sum_1, m = slice_sums(x, shift, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP)
+            publish(partial_ptr, row, item % C, sum_T, sum_1, m, CP)
+        row_next, position_next, strategy_next, x_next = _fetch(
+            item + programs, num_rows, x_ptr, work_x_ptr, work_ptr, x_stride, work_x_stride, work_stride,
+            x_size, x_end, index_ptr, strategy_ptr, numbers_ptr, list_ids_ptr, taboo_ptr,
+            taboo_stride, NT, V, WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK, FORMAT,
+        )  # fmt: skip
+        # The slice before, whose row's sums have been coming in meanwhile: the gradient.
+        row, row_before = row_before, row
+        position, position_before = position_before, position
+        strategy, strategy_before = strategy_before, strategy
+        x, x_before = x_before, x
+        item_before = tl.maximum(item - programs, 0)
+        part = item_before % C
         begin = part * size
         end = tl.minimum(begin + size, V)
-        work_x = work_x_ptr + row * work_x_stride + x_begin
-        work = work_ptr + row * work_stride
-        m = tl.zeros((), tl.float32)
-        a = tl.zeros((), tl.float32)
-        c = tl.zeros((), tl.float32)
-        ids = tl.full([WIDTH], -1, tl.int32)
-        g = tl.zeros([WIDTH], tl.float32)
-        gold = tl.full((), -1, tl.int32)
-        g_gold = tl.zeros((), tl.float32)
-        if TABOO == 1:
-            per_T = tl.zeros((), tl.float32)
-            scale_d = tl.zeros((), tl.float32)
-            taboo_slope = tl.zeros((), tl.float32)
-            log_sum_T = tl.zeros((), tl.float32)
-            per_inside = tl.zeros((), tl.float32)
-            slots = slots_ptr + row * (tl.cdiv(NT, TB) * TB)
-        if strategy != 3:
+        left = x_end - part * x_size
+        work_x, work = _work(
+            work_x_ptr, work_ptr, row, item_before, work_x_stride, work_stride, x_size, C, OUT,
+            FORMAT,
+        )  # fmt: skip
+        if strategy == 3:
+            if (OUT != 2) & (item >= programs):
+                for tile in tl.static_range(TILES):
+                    zeros = tl.zeros([BLOCK], work_x_ptr.dtype.element_ty)
+                    store_tile(work_x, x_size, left, tile, zeros, BLOCK)
+        else:
             numbers = numbers_ptr + row * NUMBERS
             at_list = row * WIDTH + entry
             ids = tl.load(list_ids_ptr + at_list)
@@ -131,21 +200,30 @@ def rows_kernel(
             gold_alone = gold_T >= 0.0
             shift = tl.load(numbers + SHIFT)
             weight = tl.load(weight_ptr + position)
+            plan_inside = tl.load(numbers + INSIDE)
+            plan_others = tl.load(numbers + OTHERS)
+            plan_gold = tl.load(numbers + GOLD_1)
+            z_gold = tl.load(numbers + GOLD_LOGIT)
+            tail_mass = tl.load(numbers + TAIL_MASS)
+            if TABOO == 1:
+                slots = slots_ptr + row * (tl.cdiv(NT, TB) * TB)
+            if KIND == 0:
+                mass = tl.load(numbers + MASS)
+                value = tl.load(numbers + VALUE)
             rest_T, rest_1, m = whole_row(partial_ptr, row, shift, inv_T, C, CP)
             # The plan's sums, to the same shift (a factor of 1 nearly always).
             lead = tl.where(shift > minus_inf, shift, 0.0) - m
             plan_T = tl.exp2(lead * (inv_T * LOG2E))
             plan_1 = tl.exp2(lead * LOG2E)
-            inside = tl.load(numbers + INSIDE) * plan_T
-            others = rest_1 + tl.load(numbers + OTHERS) * plan_1
+            inside = plan_inside * plan_T
+            others = rest_1 + plan_others * plan_1
             alone_T = tl.where(gold_alone, gold_T * plan_T, 0.0)
             sum_T = rest_T + alone_T + inside
-            sum_1 = others + tl.load(numbers + GOLD_1) * plan_1
+            sum_1 = others + plan_gold * plan_1
             masked = sum_1 == 0.0  # every logit is -inf: loss 0, gradient 0
             per_T = 1.0 / tl.where(masked, 1.0, sum_T)
             per_1 = 1.0 / tl.where(masked, 1.0, sum_1)
             log_sum_T = tl.log(tl.where(masked, 1.0, sum_T))
-            z_gold = tl.load(numbers + GOLD_LOGIT)
             has_ce = (gold >= 0) & (z_gold != minus_inf)
             tail_q = (rest_T + alone_T) * per_T
             inside = inside * per_T
@@ -160,8 +238,7 @@ def rows_kernel(
             q, n = powers(z, m * unit, unit, inv_T, MODE)
             q = q * per_T
             if KIND == 0:
-                mass = tl.load(numbers + MASS)
-                value = tl.load(numbers + VALUE) + mass * (log_sum_T - lead * inv_T)
+                value += mass * (log_sum_T - lead * inv_T)
                 b_sum = -mass
                 b = -p
             else:
@@ -177,7 +254,7 @@ def rows_kernel(
                     value += vt
                     b_sum += bt
             vt, kappa, omega = tail_slopes(
-                b_sum, tl.load(numbers + TAIL_MASS), tail_q, inside, jsd_beta, TAIL, KIND
+                b_sum, tail_mass, tail_q, inside, jsd_beta, TAIL, KIND
             )
             value += vt
             scale_c = tl.where(strategy == 2, alpha + beta, alpha)
@@ -222,75 +299,22 @@ def rows_kernel(
             g += tl.where(ids == gold, behind_gold, n * c)
             g = g * slope(z, cap, SOFTCAP)
             g_gold = (a * alone_T + behind_gold) * slope(z_gold, cap, SOFTCAP)
-            gold = tl.where(gold_alone, gold, -1)
-
-        # A later item, whose sums this program owes to the others.
-        later_row, later_position, later_strategy = _item(
-            item + 2 * programs, num_rows, index_ptr, strategy_ptr, C, HAS_INDEX
-        )
-        later_part = (item + 2 * programs) % C
-        later_begin = later_part * x_size
-        # Nothing is read of a position without loss.
-        later_left = tl.where(later_strategy != 3, x_end - later_begin, 0)
-        later_shift = minus_inf
-        if later_strategy != 3:
-            later_shift = tl.load(numbers_ptr + later_row * NUMBERS + SHIFT)
-        later_m = tl.where(later_shift > minus_inf, later_shift, 0.0)
-        later = x_ptr + later_row * x_stride + later_begin
-        if OUT != 0:
-            # The logits stay: a copy is what loses the entries, and becomes the gradient.
-            later_work_row = program.to(tl.int64) if OUT == 2 else later_row
-            first = 0 if OUT == 2 else later_begin
-            copy = work_x_ptr + later_work_row * work_x_stride + first
-            if later_strategy != 3:
-                copy_slice(later, copy, later_left, TILES, BLOCK, FORMAT)
-                later_work = work_ptr + later_work_row * work_stride
-                later_first = later_part * size
-                if OUT == 2:
-                    later_work -= later_first
-                later_last = tl.minimum(later_first + size, V)
-                lost = tl.load(list_ids_ptr + later_row * WIDTH + entry)
-                numbers = numbers_ptr + later_row * NUMBERS
-                lost_gold = tl.load(numbers + GOLD_ID).to(tl.int32)
-                lost_gold = tl.where(tl.load(numbers + GOLD_T) >= 0.0, lost_gold, -1)
+            if OUT != 2:
+                for tile in tl.static_range(TILES):
+                    dense_x = tile_gradient(
+                        x[tile], m, unit, inv_T, cap, a, c, FORMAT, MODE, SOFTCAP, OPAQUE
+                    )
+                    store_tile(work_x, x_size, left, tile, dense_x, BLOCK)
                 tl.debug_barrier()
-                inside_it = (lost >= later_first) & (lost < later_last)
-                tl.store(later_work + lost, minus_inf, mask=inside_it)
-                inside_it = (lost_gold >= later_first) & (lost_gold < later_last)
-                tl.store(later_work + lost_gold, minus_inf, mask=inside_it)
-                if TABOO:
-                    first_taboo = later_position * taboo_stride
-                    taboo_leave_out(
-                        later_work, later_first, later_last, taboo_ptr, first_taboo,
-                        first_taboo + NT, V, TB,
+                mine = (ids >= begin) & (ids < end)
+                tl.store(work + ids, g.to(work_ptr.dtype.element_ty), mask=mine)
+                mine = gold_alone & (gold >= begin) & (gold < end)
+                tl.store(work + gold, g_gold.to(work_ptr.dtype.element_ty), mask=mine)
+                if TABOO == 1:
+                    first = position * taboo_stride
+                    taboo_gradient(
+                        work, begin, end, slots, taboo_ptr, first, first + NT, V, m * unit, unit,
+                        m, inv_T, per_T, c, scale_d, taboo_slope, log_sum_T, per_inside, jsd_beta,
+                        cap, MODE, KIND, SOFTCAP, TB,
                     )  # fmt: skip
-                tl.debug_barrier()
-            later = copy
-
-        now_left = tl.where(strategy != 3, x_end - x_begin, 0)
-        now_size = tl.where(item >= 0, x_end - x_begin, 0)
-        later_T, later_1 = sweep(
-            later, later_left, later_m, work_x, now_left, now_size, m, a, c, unit, inv_T, cap,
-            TILES, BLOCK, STAGES, OUT != 2, FORMAT, MODE, SOFTCAP, OPAQUE,
-        )  # fmt: skip
-        if later_strategy != 3:
-            if too_large(later_T, later_1) | (later_shift == minus_inf):
-                later_T, later_1, later_m = guarded_sums(
-                    later, later_left, unit, inv_T, cap, TILES, BLOCK, FORMAT, MODE, SOFTCAP
-                )
-            publish(partial_ptr, later_row, later_part, later_T, later_1, later_m, CP)
-        if (OUT != 2) & (strategy != 3):
-            tl.debug_barrier()
-            mine = (ids >= begin) & (ids < end)
-            tl.store(work + ids, g.to(work_ptr.dtype.element_ty), mask=mine)
-            mine = (gold >= begin) & (gold < end)
-            tl.store(work + gold, g_gold.to(work_ptr.dtype.element_ty), mask=mine)
-            if TABOO == 1:
-                first_taboo = position * taboo_stride
-                taboo_gradient(
-                    work, begin, end, slots, taboo_ptr, first_taboo, first_taboo + NT, V, m * unit,
-                    unit, m, inv_T, per_T, c, scale_d, taboo_slope, log_sum_T, per_inside,
-                    jsd_beta, cap, MODE, KIND, SOFTCAP, TB,
-                )  # fmt: skip
-        if OUT == 2:
-            tl.debug_barrier()  # the scratch is used again by the next item
+        row, position, strategy, x = row_next, position_next, strategy_next, x_next

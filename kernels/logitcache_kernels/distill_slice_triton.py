@@ -1,4 +1,4 @@
-"""Slices of a row: one loop over two of them, what a row sums to, the elements' formats.
+"""A slice of a row in registers: its sums, what its row sums to, its gradient.
 
 Programs that share a row tell each other their sums through memory, in two 64-bit words each: both
 sums, and the shift they were taken with. A word is whole when it is seen at all, so the words
@@ -62,41 +62,75 @@ def _join(low, high, FORMAT: tl.constexpr, OPAQUE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, at, left, FORMAT: tl.constexpr):
-    """Elements (or words) at the places below left; -inf, which adds nothing, at others."""
+def load_slice(ptr, size, left, TILES: tl.constexpr, BLOCK: tl.constexpr, FORMAT: tl.constexpr):
+    """The slice at ptr, a tuple of TILES tiles, so that sums need few registers beside it.
+
+    size: elements (or words) of a slice; left: how much of the row there is from ptr on. What is
+    beyond is -inf, which adds nothing.
+    """
     if FORMAT == 1:
         none = -8323200  # 0xff80ff80
     elif FORMAT == 2:
         none = -67044352  # 0xfc00fc00
     else:
         none = float("-inf")
-    return tl.load(ptr + at, mask=at < left, other=none)
+    end = tl.minimum(size, left)
+    at = tl.arange(0, BLOCK)
+    x = (tl.load(ptr + at, mask=at < end, other=none),)
+    for tile in tl.static_range(1, TILES):
+        at = tile * BLOCK + tl.arange(0, BLOCK)
+        x = x + (tl.load(ptr + at, mask=at < end, other=none),)
+    return x
 
 
 @triton.jit
-def _add(acc_T, acc_1, x, shift, unit, inv_T, cap, FORMAT: tl.constexpr, MODE: tl.constexpr,
-         SOFTCAP: tl.constexpr):  # fmt: skip
-    low, high = _halves(x, cap, FORMAT, SOFTCAP)
-    e_T, e_1 = powers(low, shift, unit, inv_T, MODE)
-    acc_T += e_T
-    if MODE != 0:
-        acc_1 += e_1
-    if FORMAT != 0:
-        e_T, e_1 = powers(high, shift, unit, inv_T, MODE)
+def store_tile(ptr, size, left, tile: tl.constexpr, x, BLOCK: tl.constexpr):
+    """Write one tile of the slice at ptr; what is written is not read again soon."""
+    at = tile * BLOCK + tl.arange(0, BLOCK)
+    here = at < tl.minimum(size, left)
+    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=here, cache_modifier=".cs")
+
+
+@triton.jit
+def _sums(x, m, unit, inv_T, cap, TILES: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
+          SOFTCAP: tl.constexpr):  # fmt: skip
+    shift = m * unit
+    acc_T = 0.0
+    acc_1 = 0.0
+    for tile in tl.static_range(TILES):
+        low, high = _halves(x[tile], cap, FORMAT, SOFTCAP)
+        e_T, e_1 = powers(low, shift, unit, inv_T, MODE)
         acc_T += e_T
-        if MODE != 0:
+        acc_1 += e_1
+        if FORMAT != 0:
+            e_T, e_1 = powers(high, shift, unit, inv_T, MODE)
+            acc_T += e_T
             acc_1 += e_1
-    return acc_T, acc_1
-
-
-@triton.jit
-def _total(acc_T, acc_1, MODE: tl.constexpr):
     if MODE != 0:
         sum_T, sum_1 = sum2(acc_T, acc_1)
     else:
         sum_T = tl.sum(acc_T, 0)
         sum_1 = sum_T
     return sum_T, sum_1
+
+
+@triton.jit
+def slice_sums(x, shift, unit, inv_T, cap, TILES: tl.constexpr, FORMAT: tl.constexpr,
+               MODE: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
+    """Sums of exp((z - m)/T) and exp(z - m), and their m: the shift, or where a sum grows too large
+    or there is no shift (-inf) the slice's own maximum (-inf where all of it is -inf)."""
+    has_shift = shift > float("-inf")
+    m = tl.where(has_shift, shift, 0.0)
+    sum_T, sum_1 = _sums(x, m, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP)
+    fine = has_shift & (sum_T < _LARGEST_SUM) & (sum_1 < _LARGEST_SUM)
+    if fine == 0:
+        m = tl.zeros((), tl.float32) + float("-inf")
+        for tile in tl.static_range(TILES):
+            low, high = _halves(x[tile], cap, FORMAT, SOFTCAP)
+            m = tl.maximum(m, tl.max(tl.maximum(low, high), 0))
+        safe = tl.where(m == float("-inf"), 0.0, m)
+        sum_T, sum_1 = _sums(x, safe, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP)
+    return sum_T, sum_1, m
 
 
 @triton.jit
@@ -120,80 +154,16 @@ def _gradient(z, shift, unit, inv_T, cap, a, c, MODE: tl.constexpr, SOFTCAP: tl.
 
 
 @triton.jit
-def _tile_gradient(x, shift, unit, inv_T, cap, a, c, FORMAT: tl.constexpr, MODE: tl.constexpr,
+def tile_gradient(x, m, unit, inv_T, cap, a, c, FORMAT: tl.constexpr, MODE: tl.constexpr,
                    SOFTCAP: tl.constexpr, OPAQUE: tl.constexpr):  # fmt: skip
     """a exp((z - m)/T) + c exp(z - m), through the cap; in the slice's format."""
     low, high = _halves(x, cap, FORMAT, SOFTCAP)
+    shift = m * unit
     g = _gradient(low, shift, unit, inv_T, cap, a, c, MODE, SOFTCAP)
     if FORMAT != 0:
         g_high = _gradient(high, shift, unit, inv_T, cap, a, c, MODE, SOFTCAP)
         g = _join(g, g_high, FORMAT, OPAQUE)
     return g
-
-
-@triton.jit
-def sweep(
-    later, later_left, later_m, now, now_left, now_size, now_m, a, c, unit, inv_T, cap,
-    tiles, BLOCK: tl.constexpr, STAGES: tl.constexpr, GRADIENT: tl.constexpr,
-    FORMAT: tl.constexpr, MODE: tl.constexpr, SOFTCAP: tl.constexpr, OPAQUE: tl.constexpr,
-):  # fmt: skip
-    """Add up a later slice, and overwrite one whose row is known by its gradient, tile by tile.
-
-    Of each slice the elements before its `left` are read; now_size are written. Gives both sums.
-    """
-    lane = tl.arange(0, BLOCK)
-    acc_T = tl.zeros([BLOCK], tl.float32)
-    acc_1 = tl.zeros([BLOCK], tl.float32)
-    later_shift = later_m * unit
-    now_shift = now_m * unit
-    for tile in tl.range(0, tiles, num_stages=STAGES):
-        at = tile * BLOCK + lane
-        x = load_tile(later, at, later_left, FORMAT)
-        acc_T, acc_1 = _add(acc_T, acc_1, x, later_shift, unit, inv_T, cap, FORMAT, MODE, SOFTCAP)
-        if GRADIENT:
-            x = load_tile(now, at, now_left, FORMAT)
-            g = _tile_gradient(
-                x, now_shift, unit, inv_T, cap, a, c, FORMAT, MODE, SOFTCAP, OPAQUE
-            )
-            tl.store(
-                now + at, g.to(now.dtype.element_ty), mask=at < now_size, cache_modifier=".cs"
-            )
-    return _total(acc_T, acc_1, MODE)
-
-
-@triton.jit
-def copy_slice(source, target, left, tiles, BLOCK: tl.constexpr, FORMAT: tl.constexpr):
-    """Copy what lies before left."""
-    for tile in range(0, tiles):
-        at = tile * BLOCK + tl.arange(0, BLOCK)
-        tl.store(target + at, load_tile(source, at, left, FORMAT), mask=at < left)
-
-
-@triton.jit
-def guarded_sums(ptr, left, unit, inv_T, cap, tiles, BLOCK: tl.constexpr, FORMAT: tl.constexpr,
-                 MODE: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
-    """The safe way: the slice's own maximum first (-inf where all of it is). Sums, maximum."""
-    lane = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    for tile in range(0, tiles):
-        x = load_tile(ptr, tile * BLOCK + lane, left, FORMAT)
-        low, high = _halves(x, cap, FORMAT, SOFTCAP)
-        top = tl.maximum(top, tl.maximum(low, high))
-    m = tl.max(top, 0)
-    shift = tl.where(m == float("-inf"), 0.0, m) * unit
-    acc_T = tl.zeros([BLOCK], tl.float32)
-    acc_1 = tl.zeros([BLOCK], tl.float32)
-    for tile in range(0, tiles):
-        x = load_tile(ptr, tile * BLOCK + lane, left, FORMAT)
-        acc_T, acc_1 = _add(acc_T, acc_1, x, shift, unit, inv_T, cap, FORMAT, MODE, SOFTCAP)
-    sum_T, sum_1 = _total(acc_T, acc_1, MODE)
-    return sum_T, sum_1, m
-
-
-@triton.jit
-def too_large(sum_T, sum_1):
-    """Whether sums need a better shift (NaN too: it stays NaN)."""
-    return ((sum_T < _LARGEST_SUM) & (sum_1 < _LARGEST_SUM)) == 0
 
 
 @triton.jit
