@@ -35,6 +35,7 @@ class RowConfig(NamedTuple):
     per_multiprocessor: int  # programs; times warps * 32 * registers at most 65536
     registers: int  # at most, a thread
     plan_warps: int = 1
+    plan_registers: int | None = None
 
 
 class Row(NamedTuple):
@@ -62,7 +63,7 @@ def _stride(x: torch.Tensor | None) -> int:
 
 
 def _padded(width: int) -> int:
-    return max(16 if INTERPRETED else 64, triton.next_power_of_2(width))
+    return max(16 if INTERPRETED else 32, triton.next_power_of_2(width))
 
 
 def _sampled(row: Row) -> bool:
@@ -108,6 +109,7 @@ def _run_plan(
     index_R: torch.Tensor | None,
     softcap: float | None,
     warps: int,
+    registers: int | None = None,
 ) -> None:
     spec = row.spec
     arguments: list[Any] = []
@@ -134,6 +136,7 @@ def _run_plan(
         HAS_INDEX=index_R is not None,
         PARTIALS=0 if plan.partial is None else plan.partial.shape[1],
         num_warps=warps,
+        **({} if registers is None else {"maxnreg": registers}),
     )  # fmt: skip
 
 
@@ -205,7 +208,7 @@ def launch(
     )
     _run_plan(
         logits_RV, vocab_size, num_rows, row, diagnostics, plan, shared,
-        _LOGITS_GO if out == IN_PLACE else _LOGITS_STAY, index_R, softcap, config.plan_warps,
+        _LOGITS_GO if out == IN_PLACE else _LOGITS_STAY, index_R, softcap, config.plan_warps, config.plan_registers,
     )  # fmt: skip
     launched: dict[str, Any] = {"num_warps": config.warps}
     if not INTERPRETED:

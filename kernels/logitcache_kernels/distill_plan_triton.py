@@ -97,12 +97,22 @@ def plan_kernel(
         ids1_ptr, logp1_ptr, inclusion1_ptr, position, ids1_stride, logp1_stride,
         inclusion1_stride, K1, V, KP, SAMPLED, -1,
     )  # fmt: skip
-    js = 0.0
     if TEACHERS == 2:
         ids2, logp2, inclusion2 = load_teacher(
             ids2_ptr, logp2_ptr, inclusion2_ptr, position, ids2_stride, logp2_stride,
             inclusion2_stride, K2, V, KP, SAMPLED, -2,
         )  # fmt: skip
+    if LOGITS != 0:
+        # On their way while the gate is computed, wanted or not.
+        row = z_ptr + i * z_stride
+        z1 = tl.load(row + ids1, mask=ids1 >= 0, other=minus_inf).to(tl.float32)
+        z_gold = tl.load(row + gold, mask=gold >= 0, other=minus_inf).to(tl.float32)
+        partition1 = tl.load(partition1_ptr + position).to(tl.float32)
+        if TEACHERS == 2:
+            z2 = tl.load(row + ids2, mask=ids2 >= 0, other=minus_inf).to(tl.float32)
+            partition2 = tl.load(partition2_ptr + position).to(tl.float32)
+    js = 0.0
+    if TEACHERS == 2:
         logp2_on1, inclusion2_on1, repeated2 = match(
             ids1, ids2, logp2, inclusion2, ids1_ptr, ids2_ptr, logp2_ptr, inclusion2_ptr,
             position, ids1_stride, ids2_stride, logp2_stride, inclusion2_stride, K1, K2, V,
@@ -129,22 +139,18 @@ def plan_kernel(
             tl.store(kd_ptr + position, 0.0)
             tl.store(ce_ptr + position, 0.0)
         else:
-            # The student's logits at what is left out of the sums over the row.
-            row = z_ptr + i * z_stride
-            z1 = tl.load(row + ids1, mask=ids1 >= 0, other=minus_inf).to(tl.float32)
+            # What is left out of the sums over the row.
             z1 = logit(z1, cap, SOFTCAP)
             taboo1 = tl.zeros([KP], tl.int1)
             in1 = ids1 == gold
             listed_at = in1.to(tl.int32)
             if TEACHERS == 2:
                 use2 = (tl.where(strategy == 0, ids2, -2) >= 0) & (repeated2 == 0)
-                z2 = tl.load(row + ids2, mask=use2, other=minus_inf).to(tl.float32)
-                z2 = logit(z2, cap, SOFTCAP)
+                z2 = tl.where(use2, logit(z2, cap, SOFTCAP), minus_inf)
                 taboo2 = tl.zeros([KP], tl.int1)
                 in2 = use2 & (ids2 == gold)
                 listed_at = tl.maximum(listed_at, in2.to(tl.int32))
             gold_alone = (gold >= 0) & (tl.max(listed_at, 0) == 0)
-            z_gold = tl.load(row + gold, mask=gold >= 0, other=minus_inf).to(tl.float32)
             z_gold = logit(z_gold, cap, SOFTCAP)
             if TABOO:
                 first_taboo = position * taboo_stride
@@ -198,15 +204,11 @@ def plan_kernel(
                 others += taboo_1
 
             # The target.
-            plain1 = target(
-                logp1, tl.load(partition1_ptr + position).to(tl.float32), inclusion1, taboo1, inv_T,
-                TABOO > 0,
-            )  # fmt: skip
+            plain1 = target(logp1, partition1, inclusion1, taboo1, inv_T, TABOO > 0)
             reach1 = (ids1 >= 0) & (z1 != minus_inf)
             x1 = tl.where(reach1, (z1 - m) * inv_T, 0.0)
             alone1 = plain1
             if TEACHERS == 2:
-                partition2 = tl.load(partition2_ptr + position).to(tl.float32)
                 plain2 = blend2 * target(logp2, partition2, inclusion2, taboo2, inv_T, TABOO > 0)
                 plain2_on1 = tl.exp(logp2_on1 * inv_T - partition2)
                 if TABOO:

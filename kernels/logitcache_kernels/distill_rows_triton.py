@@ -52,6 +52,7 @@ from .distill_plan_triton import (
 )
 from .distill_slice_triton import (
     load_slice,
+    no_slice,
     publish,
     slice_sums,
     store_tile,
@@ -157,8 +158,11 @@ def rows_kernel(
         x_size, x_end, index_ptr, strategy_ptr, numbers_ptr, list_ids_ptr, taboo_ptr,
         taboo_stride, NT, V, WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK, FORMAT,
     )  # fmt: skip
-    row_before, position_before, x_before = row, position, x
+    # Values of their own: names that begin as one value would stay one in the loop.
+    row_before = tl.zeros((), tl.int64)
+    position_before = tl.zeros((), tl.int64)
     strategy_before = tl.full((), 3, tl.int32)
+    x_before = no_slice(x_ptr, TILES, BLOCK)
     for item in range(program, num_rows * C + programs, programs):
         # What this slice adds to its row's sums.
         if strategy != 3:

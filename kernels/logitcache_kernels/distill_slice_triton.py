@@ -84,6 +84,15 @@ def load_slice(ptr, size, left, TILES: tl.constexpr, BLOCK: tl.constexpr, FORMAT
 
 
 @triton.jit
+def no_slice(ptr, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """A slice before the first."""
+    x = (tl.zeros([BLOCK], ptr.dtype.element_ty),)
+    for _ in tl.static_range(1, TILES):
+        x = x + (tl.zeros([BLOCK], ptr.dtype.element_ty),)
+    return x
+
+
+@triton.jit
 def store_tile(ptr, size, left, tile: tl.constexpr, x, BLOCK: tl.constexpr):
     """Write one tile of the slice at ptr; what is written is not read again soon."""
     at = tile * BLOCK + tl.arange(0, BLOCK)

@@ -64,14 +64,17 @@ def match(
     ids1_stride, ids2_stride, logp2_stride, inclusion2_stride, K1, K2, V,
     KP: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
-    """Teacher 2 on list 1 (logp, -inf for nothing; inclusion); which of list 2 are in list 1."""
+    """Teacher 2 on list 1 (logp, -inf for nothing; inclusion); which of list 2 are in list 1.
+
+    Tables are reduced along their first axis, which a thread holds whole: no data moves.
+    """
     inclusion2_on1 = tl.full([KP], 1.0, tl.float32)
     if KP * KP <= _WHOLE_TABLE:
-        equal = ids1[:, None] == ids2[None, :]
-        logp2_on1 = tl.max(tl.where(equal, logp2[None, :], float("-inf")), 1)
+        equal = ids2[:, None] == ids1[None, :]
+        logp2_on1 = tl.max(tl.where(equal, logp2[:, None], float("-inf")), 0)
         if SAMPLED:
-            inclusion2_on1 = tl.max(tl.where(equal, inclusion2[None, :], 0.0), 1)
-        repeated2 = tl.max(equal.to(tl.int32), 0)
+            inclusion2_on1 = tl.max(tl.where(equal, inclusion2[:, None], 0.0), 0)
+        repeated2 = tl.max((ids1[:, None] == ids2[None, :]).to(tl.int32), 0)
     else:
         logp2_on1 = tl.full([KP], float("-inf"), tl.float32)
         if SAMPLED:
@@ -79,15 +82,15 @@ def match(
         for start in range(0, K2, _SLICE):
             at, end = row * ids2_stride + start, row * ids2_stride + K2
             ids = load_ids(ids2_ptr, at, end, V, _SLICE, -2)
-            equal = ids1[:, None] == ids[None, :]
+            equal = ids[:, None] == ids1[None, :]
             at, end = row * logp2_stride + start, row * logp2_stride + K2
             part = load_floats(logp2_ptr, at, end, ids >= 0, float("-inf"), _SLICE)
-            part = tl.max(tl.where(equal, part[None, :], float("-inf")), 1)
+            part = tl.max(tl.where(equal, part[:, None], float("-inf")), 0)
             logp2_on1 = tl.maximum(logp2_on1, part)
             if SAMPLED:
                 at, end = row * inclusion2_stride + start, row * inclusion2_stride + K2
                 part = load_floats(inclusion2_ptr, at, end, ids >= 0, 1.0, _SLICE)
-                part = tl.max(tl.where(equal, part[None, :], 0.0), 1)
+                part = tl.max(tl.where(equal, part[:, None], 0.0), 0)
                 inclusion2_on1 = tl.maximum(inclusion2_on1, part)
         repeated2 = tl.zeros([KP], tl.int32)
         for start in range(0, K1, _SLICE):
