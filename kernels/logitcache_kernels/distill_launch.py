@@ -22,6 +22,7 @@ _MODES = {1.0: T_1, 1.5: T_3_2, 2.0: T_2, 3.0: T_3, 4.0: T_4}
 _DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 _TAILS = {"bucket": 0, "renormalise": 1, "none": 2}
 _TABOO_SLICE = 32
+_ALIGNMENT = 64  # elements at which a slice may begin: whole lines of memory
 _PAIRS = {torch.bfloat16: BF16_PAIRS, torch.float16: FP16_PAIRS}
 INTERPRETED = not hasattr(rows_kernel, "warmup") or type(rows_kernel).__name__ != "JITFunction"
 
@@ -34,6 +35,7 @@ class RowConfig(NamedTuple):
     warps: int
     per_multiprocessor: int  # programs; times warps * 32 * registers at most 65536
     registers: int  # at most, a thread
+    early: bool = True
     plan_warps: int = 1
     plan_registers: int | None = None
 
@@ -89,6 +91,7 @@ class _Plan(NamedTuple):
     """Memory between the two kernels; None where neither uses it."""
 
     numbers: torch.Tensor | None
+    kind: torch.Tensor | None
     list_ids: torch.Tensor | None
     list_z: torch.Tensor | None
     list_p: torch.Tensor | None
@@ -149,7 +152,7 @@ def gate(row: Row, vocab_size: int) -> list[torch.Tensor]:
         shared = _shared_constants(row, num_taboo, T_1, None)
         _run_plan(
             None, vocab_size, num_rows, row, (loss, strategy, js, kd, ce, weight),
-            _Plan(*[None] * 7), shared, _NO_LOGITS, None, None, RowConfig._field_defaults["plan_warps"],
+            _Plan(*[None] * 8), shared, _NO_LOGITS, None, None, RowConfig._field_defaults["plan_warps"],
         )  # fmt: skip
     return [strategy, js, weight]
 
@@ -175,6 +178,7 @@ def launch(
     config = config or choose_config(vocab_size, logits_RV.element_size())
     most = config.tile * config.tiles
     slices = triton.cdiv(vocab_size, most)
+    size = triton.cdiv(triton.cdiv(vocab_size, slices), _ALIGNMENT) * _ALIGNMENT
     programs = _num_programs(num_rows * slices, device, config)
     if gradient_RV is None:
         out = NO_GRADIENT
@@ -199,6 +203,7 @@ def launch(
     padded = triton.next_power_of_2(slices)
     plan = _Plan(
         new(NUMBERS.value),
+        new(1, torch.int8),
         new(width, torch.int32),
         new(width),
         new(width),
@@ -216,7 +221,8 @@ def launch(
         launched.update(maxnreg=config.registers, launch_cooperative_grid=slices > 1)
     rows_kernel[(programs,)](
         x, work_x, gradient_RV, index_R, num_rows, x.stride(0), work_x.stride(0),
-        gradient_RV.stride(0), most // per, x.shape[1], row.taboo_RK, _stride(row.taboo_RK), row.per_item, *diagnostics, *plan,
+        gradient_RV.stride(0), size // per, x.shape[1], row.taboo_RK, _stride(row.taboo_RK), row.per_item,
+        diagnostics[0], diagnostics[3], diagnostics[4], *plan,
         num_taboo, vocab_size,
         spec.temperature, 1.0 / spec.temperature, math.log2(math.e) / UNIT[mode], spec.alpha,
         spec.beta, spec.gamma, spec.jsd_beta, 1.0 if softcap is None else softcap,
@@ -229,6 +235,7 @@ def launch(
         TILES=config.tiles,
         BLOCK=config.tile // per,
         FORMAT=x_format,
+        EARLY=config.early,
         OPAQUE=not INTERPRETED,
         **launched,
     )  # fmt: skip

@@ -49,6 +49,7 @@ from .gate_triton import (
 SHIFT, INSIDE, OTHERS, GOLD_1, GOLD_T, GOLD_LOGIT, GOLD_ID = (tl.constexpr(i) for i in range(7))
 MASS, VALUE, TAIL_MASS = (tl.constexpr(i) for i in range(7, 10))
 R_MASS, R_VALUE, R_TAIL_MASS, R_OTHERS = (tl.constexpr(i) for i in range(10, 14))
+WEIGHT, AGREEMENT = tl.constexpr(14), tl.constexpr(15)  # AGREEMENT is 1 - JS
 NUMBERS = tl.constexpr(16)
 
 
@@ -67,7 +68,8 @@ def plan_kernel(
     ids2_stride, logp2_stride, inclusion2_stride,
     labels_ptr, gold_ptr, taboo_ptr, taboo_stride,
     loss_ptr, strategy_ptr, js_ptr, kd_ptr, ce_ptr, weight_ptr,
-    numbers_ptr, list_ids_ptr, list_z_ptr, list_p_ptr, list_r_ptr, slots_ptr, partial_ptr,
+    numbers_ptr, kind_ptr, list_ids_ptr, list_z_ptr, list_p_ptr, list_r_ptr, slots_ptr,
+    partial_ptr,
     K1, K2, NT, V,
     inv_T, unit, js_threshold, confidence_threshold, gold_weight, log_V, cap,
     KP: tl.constexpr, TB: tl.constexpr,
@@ -134,6 +136,7 @@ def plan_kernel(
     tl.store(js_ptr + position, js)
     tl.store(weight_ptr + position, weight)
     if LOGITS != 0:
+        tl.store(kind_ptr + i, strategy.to(tl.int8))
         if strategy == 3:
             tl.store(loss_ptr + position, 0.0)
             tl.store(kd_ptr + position, 0.0)
@@ -260,6 +263,7 @@ def plan_kernel(
             tl.store(numbers + MASS, mass)
             tl.store(numbers + VALUE, value)
             tl.store(numbers + TAIL_MASS, tail_mass)
+            tl.store(numbers + WEIGHT, weight)
             at = i * (TEACHERS * KP) + tl.arange(0, KP)
             tl.store(list_ids_ptr + at, ids1)
             tl.store(list_z_ptr + at, z1)
@@ -284,6 +288,7 @@ def plan_kernel(
                 tl.store(numbers + R_MASS, mass_r)
                 tl.store(numbers + R_VALUE, value_r)
                 tl.store(numbers + R_TAIL_MASS, tail_mass_r)
+                tl.store(numbers + AGREEMENT, 1.0 - js)
                 tl.store(numbers + R_OTHERS, tl.sum(tl.where(tail2, q2, 0.0), 0))
                 tl.store(list_r_ptr + at, pr)
                 tl.store(list_r_ptr + at + KP, tl.where(tail2, -1.0, 0.0))

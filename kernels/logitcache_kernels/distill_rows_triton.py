@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 
 from .distill_plan_triton import (
+    AGREEMENT,
     GOLD_1,
     GOLD_ID,
     GOLD_LOGIT,
@@ -49,9 +50,11 @@ from .distill_plan_triton import (
     SHIFT,
     TAIL_MASS,
     VALUE,
+    WEIGHT,
 )
 from .distill_slice_triton import (
     load_slice,
+    look,
     no_slice,
     publish,
     slice_sums,
@@ -65,20 +68,22 @@ from .gate_triton import LOG2E, sum2
 
 
 @triton.jit
+def _kind(item, num_rows, kind_ptr, C: tl.constexpr):
+    """An item's row, and its strategy; past the last it is SKIP."""
+    row = ((tl.zeros((), tl.int32) + item) // C).to(tl.int64)
+    strategy = tl.load(kind_ptr + row, mask=row < num_rows, other=3).to(tl.int32)
+    return row, strategy
+
+
+@triton.jit
 def _fetch(
-    item, num_rows, x_ptr, work_x_ptr, work_ptr, x_stride, work_x_stride, work_stride, x_size,
-    x_end, index_ptr, strategy_ptr, numbers_ptr, list_ids_ptr, taboo_ptr, taboo_stride, NT, V,
+    item, row, strategy, x_ptr, work_x_ptr, work_ptr, index_ptr, x_stride, work_x_stride,
+    work_stride, x_size, x_end, numbers_ptr, list_ids_ptr, taboo_ptr, taboo_stride, NT, V,
     WIDTH: tl.constexpr, TB: tl.constexpr, TABOO: tl.constexpr, OUT: tl.constexpr,
     HAS_INDEX: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
     FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """An item's row, position and strategy (SKIP past the last), and its slice without the list."""
-    row = ((tl.zeros((), tl.int32) + item) // C).to(tl.int64)
-    live = row < num_rows
-    position = row
-    if HAS_INDEX:
-        position = tl.load(index_ptr + row, mask=live, other=0).to(tl.int64)
-    strategy = tl.load(strategy_ptr + position, mask=live, other=3).to(tl.int32)
+    """An item's slice, without what the plan has of it."""
     begin = (item % C) * x_size
     left = tl.where(strategy != 3, x_end - begin, 0)  # nothing of a position without loss
     x = load_slice(x_ptr + row * x_stride + begin, x_size, left, TILES, BLOCK, FORMAT)
@@ -103,11 +108,19 @@ def _fetch(
         tl.store(work + ids, float("-inf"), mask=(ids >= first) & (ids < last))
         tl.store(work + gold, float("-inf"), mask=(gold >= first) & (gold < last))
         if TABOO:
+            position = _position(row, index_ptr, HAS_INDEX)
             from_taboo = position * taboo_stride
             taboo_leave_out(work, first, last, taboo_ptr, from_taboo, from_taboo + NT, V, TB)
         tl.debug_barrier()
         x = load_slice(work_x, x_size, left, TILES, BLOCK, FORMAT)
-    return row, position, strategy, x
+    return x
+
+
+@triton.jit
+def _position(row, index_ptr, HAS_INDEX: tl.constexpr):
+    if HAS_INDEX:
+        row = tl.load(index_ptr + row).to(tl.int64)
+    return row
 
 
 @triton.jit
@@ -132,8 +145,8 @@ def rows_kernel(
     x_ptr, work_x_ptr, work_ptr, index_ptr, num_rows, x_stride, work_x_stride, work_stride,
     x_size, x_end,  # elements (of x) in a slice and in a row
     taboo_ptr, taboo_stride, per_item_ptr,
-    loss_ptr, strategy_ptr, js_ptr, kd_ptr, ce_ptr, weight_ptr,
-    numbers_ptr, list_ids_ptr, list_z_ptr, list_p_ptr, list_r_ptr, slots_ptr, partial_ptr,
+    loss_ptr, kd_ptr, ce_ptr,
+    numbers_ptr, kind_ptr, list_ids_ptr, list_z_ptr, list_p_ptr, list_r_ptr, slots_ptr, partial_ptr,
     NT, V,
     T, inv_T, unit, alpha, beta, gamma, jsd_beta, cap,
     WIDTH: tl.constexpr,  # of the list
@@ -145,7 +158,7 @@ def rows_kernel(
     C: tl.constexpr, CP: tl.constexpr,  # slices of a row; the next power of two
     TILES: tl.constexpr, BLOCK: tl.constexpr,  # of a slice; elements (of x) in a tile
     FORMAT: tl.constexpr,  # x has words of two 16-bit elements, or elements
-    OPAQUE: tl.constexpr,
+    EARLY: tl.constexpr, OPAQUE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -153,70 +166,87 @@ def rows_kernel(
     per_item = tl.load(per_item_ptr)
     entry = tl.arange(0, WIDTH)
     size = x_size if FORMAT == 0 else 2 * x_size
-    row, position, strategy, x = _fetch(
-        program, num_rows, x_ptr, work_x_ptr, work_ptr, x_stride, work_x_stride, work_stride,
-        x_size, x_end, index_ptr, strategy_ptr, numbers_ptr, list_ids_ptr, taboo_ptr,
-        taboo_stride, NT, V, WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK, FORMAT,
+    row, strategy = _kind(program, num_rows, kind_ptr, C)
+    shift = tl.load(numbers_ptr + row * NUMBERS + SHIFT)
+    x = _fetch(
+        program, row, strategy, x_ptr, work_x_ptr, work_ptr, index_ptr, x_stride, work_x_stride,
+        work_stride, x_size, x_end, numbers_ptr, list_ids_ptr, taboo_ptr, taboo_stride, NT, V,
+        WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK, FORMAT,
     )  # fmt: skip
+    row_next, strategy_next = _kind(program + programs, num_rows, kind_ptr, C)
     # Values of their own: names that begin as one value would stay one in the loop.
     row_before = tl.zeros((), tl.int64)
-    position_before = tl.zeros((), tl.int64)
     strategy_before = tl.full((), 3, tl.int32)
     x_before = no_slice(x_ptr, TILES, BLOCK)
     for item in range(program, num_rows * C + programs, programs):
+        # What will be wanted soon is asked for first: the next slice, and what the row of the
+        # slice before is to be made of (rubbish where that has no loss).
+        if EARLY:
+            x_next = _fetch(
+                item + programs, row_next, strategy_next, x_ptr, work_x_ptr, work_ptr, index_ptr, x_stride, work_x_stride,
+                work_stride, x_size, x_end, numbers_ptr, list_ids_ptr, taboo_ptr, taboo_stride, NT, V,
+                WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK, FORMAT,
+            )  # fmt: skip
+        numbers = numbers_ptr + row_before * NUMBERS
+        at_list = row_before * WIDTH + entry
+        ids = tl.load(list_ids_ptr + at_list)
+        z = tl.load(list_z_ptr + at_list)
+        p = tl.load(list_p_ptr + at_list)
+        gold = tl.load(numbers + GOLD_ID).to(tl.int32)
+        gold_T = tl.load(numbers + GOLD_T)
+        shift_before = tl.load(numbers + SHIFT)
+        weight = tl.load(numbers + WEIGHT)
+        plan_inside = tl.load(numbers + INSIDE)
+        plan_others = tl.load(numbers + OTHERS)
+        plan_gold = tl.load(numbers + GOLD_1)
+        z_gold = tl.load(numbers + GOLD_LOGIT)
+        tail_mass = tl.load(numbers + TAIL_MASS)
+        if KIND == 0:
+            mass = tl.load(numbers + MASS)
+            value = tl.load(numbers + VALUE)
+        sums, shifts = look(partial_ptr, row_before, C, CP)
+        row_later, strategy_later = _kind(item + 2 * programs, num_rows, kind_ptr, C)
+        shift_next = tl.load(
+            numbers_ptr + row_next * NUMBERS + SHIFT, mask=row_next < num_rows, other=0.0
+        )
+
         # What this slice adds to its row's sums.
         if strategy != 3:
-            shift = tl.load(numbers_ptr + row * NUMBERS + SHIFT)
             sum_T, sum_1, m = slice_sums(x, shift, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP)
             publish(partial_ptr, row, item % C, sum_T, sum_1, m, CP)
-        row_next, position_next, strategy_next, x_next = _fetch(
-            item + programs, num_rows, x_ptr, work_x_ptr, work_ptr, x_stride, work_x_stride, work_stride,
-            x_size, x_end, index_ptr, strategy_ptr, numbers_ptr, list_ids_ptr, taboo_ptr,
-            taboo_stride, NT, V, WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK, FORMAT,
-        )  # fmt: skip
-        # The slice before, whose row's sums have been coming in meanwhile: the gradient.
-        row, row_before = row_before, row
-        position, position_before = position_before, position
-        strategy, strategy_before = strategy_before, strategy
-        x, x_before = x_before, x
+
+        if not EARLY:
+            x_next = _fetch(
+                item + programs, row_next, strategy_next, x_ptr, work_x_ptr, work_ptr, index_ptr, x_stride, work_x_stride,
+                work_stride, x_size, x_end, numbers_ptr, list_ids_ptr, taboo_ptr, taboo_stride, NT, V,
+                WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK, FORMAT,
+            )  # fmt: skip
+        # The slice before: its row's sums have been coming in meanwhile.
         item_before = tl.maximum(item - programs, 0)
         part = item_before % C
         begin = part * size
         end = tl.minimum(begin + size, V)
         left = x_end - part * x_size
         work_x, work = _work(
-            work_x_ptr, work_ptr, row, item_before, work_x_stride, work_stride, x_size, C, OUT,
+            work_x_ptr, work_ptr, row_before, item_before, work_x_stride, work_stride, x_size, C, OUT,
             FORMAT,
         )  # fmt: skip
-        if strategy == 3:
+        if strategy_before == 3:
             if (OUT != 2) & (item >= programs):
                 for tile in tl.static_range(TILES):
                     zeros = tl.zeros([BLOCK], work_x_ptr.dtype.element_ty)
                     store_tile(work_x, x_size, left, tile, zeros, BLOCK)
         else:
-            numbers = numbers_ptr + row * NUMBERS
-            at_list = row * WIDTH + entry
-            ids = tl.load(list_ids_ptr + at_list)
-            z = tl.load(list_z_ptr + at_list)
-            p = tl.load(list_p_ptr + at_list)
-            gold = tl.load(numbers + GOLD_ID).to(tl.int32)
-            gold_T = tl.load(numbers + GOLD_T)
             gold_alone = gold_T >= 0.0
-            shift = tl.load(numbers + SHIFT)
-            weight = tl.load(weight_ptr + position)
-            plan_inside = tl.load(numbers + INSIDE)
-            plan_others = tl.load(numbers + OTHERS)
-            plan_gold = tl.load(numbers + GOLD_1)
-            z_gold = tl.load(numbers + GOLD_LOGIT)
-            tail_mass = tl.load(numbers + TAIL_MASS)
+            if TABOO:
+                position = _position(row_before, index_ptr, HAS_INDEX)
             if TABOO == 1:
-                slots = slots_ptr + row * (tl.cdiv(NT, TB) * TB)
-            if KIND == 0:
-                mass = tl.load(numbers + MASS)
-                value = tl.load(numbers + VALUE)
-            rest_T, rest_1, m = whole_row(partial_ptr, row, shift, inv_T, C, CP)
+                slots = slots_ptr + row_before * (tl.cdiv(NT, TB) * TB)
+            rest_T, rest_1, m = whole_row(
+                sums, shifts, partial_ptr, row_before, shift_before, inv_T, C, CP
+            )
             # The plan's sums, to the same shift (a factor of 1 nearly always).
-            lead = tl.where(shift > minus_inf, shift, 0.0) - m
+            lead = tl.where(shift_before > minus_inf, shift_before, 0.0) - m
             plan_T = tl.exp2(lead * (inv_T * LOG2E))
             plan_1 = tl.exp2(lead * LOG2E)
             inside = plan_inside * plan_T
@@ -261,17 +291,17 @@ def rows_kernel(
                 b_sum, tail_mass, tail_q, inside, jsd_beta, TAIL, KIND
             )
             value += vt
-            scale_c = tl.where(strategy == 2, alpha + beta, alpha)
+            scale_c = tl.where(strategy_before == 2, alpha + beta, alpha)
             scale_c = tl.where(has_ce, weight * scale_c * per_item, 0.0)
-            scale_d = tl.where((strategy == 2) | masked, 0.0, weight * beta * T * per_item)
+            scale_d = tl.where((strategy_before == 2) | masked, 0.0, weight * beta * T * per_item)
             g = scale_d * (b - kappa * q)
             dense = scale_d * omega
             taboo_slope = scale_d * kappa
             agree = 0.0
             if HAS_R:
                 # R = (1 - JS) KL(p1^T || q), for blended positions.
-                share = 1.0 - tl.load(js_ptr + position)
-                share = tl.where((strategy == 0) & (masked == 0), gamma * share, 0.0)
+                share = gamma * tl.load(numbers + AGREEMENT)
+                share = tl.where((strategy_before == 0) & (masked == 0), share, 0.0)
                 others_r = tl.load(numbers + R_OTHERS) * (plan_T * per_T)
                 inside_r = inside - others_r
                 log_sum_r = log_sum_T
@@ -290,9 +320,10 @@ def rows_kernel(
                 dense += scale_r * omega_r
                 taboo_slope += scale_r * kappa_r
             if part == 0:
+                position = _position(row_before, index_ptr, HAS_INDEX)
                 ce = tl.log(tl.where(masked, 1.0, sum_1)) - (z_gold - m)
                 ce = tl.where(has_ce, ce, 0.0)
-                kd = tl.where(strategy == 2, ce, tl.where(masked, 0.0, T * T * value))
+                kd = tl.where(strategy_before == 2, ce, tl.where(masked, 0.0, T * T * value))
                 tl.store(loss_ptr + position, weight * (alpha * ce + beta * kd + agree))
                 tl.store(kd_ptr + position, kd)
                 tl.store(ce_ptr + position, ce)
@@ -306,7 +337,7 @@ def rows_kernel(
             if OUT != 2:
                 for tile in tl.static_range(TILES):
                     dense_x = tile_gradient(
-                        x[tile], m, unit, inv_T, cap, a, c, FORMAT, MODE, SOFTCAP, OPAQUE
+                        x_before[tile], m, unit, inv_T, cap, a, c, FORMAT, MODE, SOFTCAP, OPAQUE
                     )
                     store_tile(work_x, x_size, left, tile, dense_x, BLOCK)
                 tl.debug_barrier()
@@ -321,4 +352,6 @@ def rows_kernel(
                         m, inv_T, per_T, c, scale_d, taboo_slope, log_sum_T, per_inside, jsd_beta,
                         cap, MODE, KIND, SOFTCAP, TB,
                     )  # fmt: skip
-        row, position, strategy, x = row_next, position_next, strategy_next, x_next
+        row_before, strategy_before, x_before = row, strategy, x
+        row, strategy, shift, x = row_next, strategy_next, shift_next, x_next
+        row_next, strategy_next = row_later, strategy_later

@@ -201,17 +201,26 @@ def publish(partial_ptr, row, part, sum_T, sum_1, m, CP: tl.constexpr):
 
 
 @triton.jit
-def whole_row(partial_ptr, row, shift, inv_T, C: tl.constexpr, CP: tl.constexpr):
-    """Sums over all C slices and their common shift M >= shift: in order, so the same in each."""
-    partial = partial_ptr + row * (2 * CP)
+def look(partial_ptr, row, C: tl.constexpr, CP: tl.constexpr):
+    """What the slices of a row have published so far: sums, shifts."""
     at = tl.arange(0, CP)
-    sums = tl.load(partial + at, mask=at < C, other=0, volatile=True)
-    shifts = tl.load(partial + CP + at, mask=at < C, other=0, volatile=True)
+    partial = partial_ptr + row * (2 * CP) + at
+    sums = tl.load(partial, mask=at < C, other=0, volatile=True)
+    shifts = tl.load(partial + CP, mask=at < C, other=0, volatile=True)
+    return sums, shifts
+
+
+@triton.jit
+def whole_row(sums, shifts, partial_ptr, row, shift, inv_T, C: tl.constexpr, CP: tl.constexpr):
+    """Sums over all C slices and their common shift M >= shift: in order, so the same in each.
+
+    sums, shifts: from an earlier look, which is nearly always enough.
+    """
     missing = tl.sum(((sums == _NOTHING) | (shifts == _NOTHING)).to(tl.int32), 0)
     while missing > 0:
-        sums = tl.load(partial + at, mask=at < C, other=0, volatile=True)
-        shifts = tl.load(partial + CP + at, mask=at < C, other=0, volatile=True)
+        sums, shifts = look(partial_ptr, row, C, CP)
         missing = tl.sum(((sums == _NOTHING) | (shifts == _NOTHING)).to(tl.int32), 0)
+    at = tl.arange(0, CP)
     ms = tl.where(at < C, _low(shifts), float("-inf"))
     M = tl.maximum(tl.max(ms, 0), shift)
     M = tl.where(M == float("-inf"), 0.0, M)
