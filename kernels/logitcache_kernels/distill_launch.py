@@ -36,6 +36,7 @@ class RowConfig(NamedTuple):
     per_multiprocessor: int  # programs; times warps * 32 * registers at most 65536
     registers: int  # at most, a thread
     early: bool = True
+    unroll: int = 1
     plan_warps: int = 1
     plan_registers: int | None = None
 
@@ -182,7 +183,7 @@ def launch(
     programs = _num_programs(num_rows * slices, device, config)
     if gradient_RV is None:
         out = NO_GRADIENT
-        gradient_RV = logits_RV.new_empty(programs, most)
+        gradient_RV = logits_RV.new_empty(2 * programs, most)
     else:
         out = IN_PLACE if gradient_RV.data_ptr() == logits_RV.data_ptr() else COPY
     x_format, per = SINGLE, 1
@@ -236,6 +237,7 @@ def launch(
         BLOCK=config.tile // per,
         FORMAT=x_format,
         EARLY=config.early,
+        UNROLL=config.unroll,
         OPAQUE=not INTERPRETED,
         **launched,
     )  # fmt: skip

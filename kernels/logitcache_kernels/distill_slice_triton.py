@@ -1,8 +1,8 @@
 """A slice of a row in registers: its sums, what its row sums to, its gradient.
 
-Programs that share a row tell each other their sums through memory, in two 64-bit words each: both
-sums, and the shift they were taken with. A word is whole when it is seen at all, so the words
-themselves say that they are there: until then they are NOTHING, which the launch before set.
+Programs that share a row tell each other both sums through memory, in a 64-bit word each. A word is
+whole when it is seen at all, so the words themselves say that they are there: until then they are
+NOTHING, which the launch before set.
 """
 
 from __future__ import annotations
@@ -101,8 +101,26 @@ def store_tile(ptr, size, left, tile: tl.constexpr, x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sums(x, m, unit, inv_T, cap, TILES: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
+def _pack(low, high):
+    low = low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = high.to(tl.uint32, bitcast=True).to(tl.uint64)
+    return ((high << 32) | low).to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def _low(word):
+    return word.to(tl.uint64, bitcast=True).to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _high(word):
+    return (word.to(tl.uint64, bitcast=True) >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def lanes(x, m, unit, inv_T, cap, TILES: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
           SOFTCAP: tl.constexpr):  # fmt: skip
+    """What each place of a tile sums up of exp((z - m)/T) and exp(z - m), over the tiles."""
     shift = m * unit
     acc_T = 0.0
     acc_1 = 0.0
@@ -115,6 +133,12 @@ def _sums(x, m, unit, inv_T, cap, TILES: tl.constexpr, FORMAT: tl.constexpr, MOD
             e_T, e_1 = powers(high, shift, unit, inv_T, MODE)
             acc_T += e_T
             acc_1 += e_1
+    return acc_T, acc_1
+
+
+@triton.jit
+def total(acc_T, acc_1, MODE: tl.constexpr):
+    """Both sums over the places."""
     if MODE != 0:
         sum_T, sum_1 = sum2(acc_T, acc_1)
     else:
@@ -124,22 +148,43 @@ def _sums(x, m, unit, inv_T, cap, TILES: tl.constexpr, FORMAT: tl.constexpr, MOD
 
 
 @triton.jit
-def slice_sums(x, shift, unit, inv_T, cap, TILES: tl.constexpr, FORMAT: tl.constexpr,
-               MODE: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
-    """Sums of exp((z - m)/T) and exp(z - m), and their m: the shift, or where a sum grows too large
-    or there is no shift (-inf) the slice's own maximum (-inf where all of it is -inf)."""
-    has_shift = shift > float("-inf")
-    m = tl.where(has_shift, shift, 0.0)
-    sum_T, sum_1 = _sums(x, m, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP)
-    fine = has_shift & (sum_T < _LARGEST_SUM) & (sum_1 < _LARGEST_SUM)
-    if fine == 0:
-        m = tl.zeros((), tl.float32) + float("-inf")
-        for tile in tl.static_range(TILES):
-            low, high = _halves(x[tile], cap, FORMAT, SOFTCAP)
-            m = tl.maximum(m, tl.max(tl.maximum(low, high), 0))
-        safe = tl.where(m == float("-inf"), 0.0, m)
-        sum_T, sum_1 = _sums(x, safe, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP)
+def _own_sums(ptr, end, unit, inv_T, cap, BLOCK: tl.constexpr, FORMAT: tl.constexpr,
+              MODE: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
+    """The safe way, from memory (registers are full): the slice's own maximum, then its sums."""
+    m = tl.zeros((), tl.float32) + float("-inf")
+    for start in range(0, end, BLOCK):
+        x = load_slice(ptr + start, BLOCK, end - start, 1, BLOCK, FORMAT)
+        low, high = _halves(x[0], cap, FORMAT, SOFTCAP)
+        m = tl.maximum(m, tl.max(tl.maximum(low, high), 0))
+    safe = tl.where(m == float("-inf"), 0.0, m)
+    acc_T = tl.zeros([BLOCK], tl.float32)
+    acc_1 = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, end, BLOCK):
+        x = load_slice(ptr + start, BLOCK, end - start, 1, BLOCK, FORMAT)
+        more_T, more_1 = lanes(x, safe, unit, inv_T, cap, 1, FORMAT, MODE, SOFTCAP)
+        acc_T += more_T
+        acc_1 += more_1
+    sum_T, sum_1 = total(acc_T, acc_1, MODE)
     return sum_T, sum_1, m
+
+
+@triton.jit
+def publish(
+    partial_ptr, row, part, sum_T, sum_1, shift, ptr, end, unit, inv_T, cap, CP: tl.constexpr,
+    BLOCK: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Tell the row's other slices the sums that were taken with the shift.
+
+    Where these grew too large, or there is no shift (-inf): infinity and the own maximum m of the
+    slice at ptr (-inf where all of it is -inf), and the sums with that in another word.
+    """
+    partial = partial_ptr + row * (2 * CP) + part
+    if (shift > float("-inf")) & (sum_T < _LARGEST_SUM) & (sum_1 < _LARGEST_SUM):
+        tl.store(partial, _pack(sum_T, sum_1))
+    else:
+        sum_T, sum_1, m = _own_sums(ptr, end, unit, inv_T, cap, BLOCK, FORMAT, MODE, SOFTCAP)
+        tl.store(partial, _pack(tl.zeros((), tl.float32) + float("inf"), m))
+        tl.store(partial + CP, _pack(sum_T, sum_1))
 
 
 @triton.jit
@@ -176,55 +221,40 @@ def tile_gradient(x, m, unit, inv_T, cap, a, c, FORMAT: tl.constexpr, MODE: tl.c
 
 
 @triton.jit
-def _pack(low, high):
-    low = low.to(tl.uint32, bitcast=True).to(tl.uint64)
-    high = high.to(tl.uint32, bitcast=True).to(tl.uint64)
-    return ((high << 32) | low).to(tl.int64, bitcast=True)
-
-
-@triton.jit
-def _low(word):
-    return word.to(tl.uint64, bitcast=True).to(tl.uint32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _high(word):
-    return (word.to(tl.uint64, bitcast=True) >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def publish(partial_ptr, row, part, sum_T, sum_1, m, CP: tl.constexpr):
-    """Tell the other slices of the row; m is -inf for a slice that has nothing but -inf."""
-    partial = partial_ptr + row * (2 * CP)
-    tl.store(partial + part, _pack(sum_T, sum_1))
-    tl.store(partial + CP + part, _pack(m, m))
-
-
-@triton.jit
 def look(partial_ptr, row, C: tl.constexpr, CP: tl.constexpr):
-    """What the slices of a row have published so far: sums, shifts."""
+    """What the slices of a row have published so far."""
     at = tl.arange(0, CP)
-    partial = partial_ptr + row * (2 * CP) + at
-    sums = tl.load(partial, mask=at < C, other=0, volatile=True)
-    shifts = tl.load(partial + CP, mask=at < C, other=0, volatile=True)
-    return sums, shifts
+    return tl.load(partial_ptr + row * (2 * CP) + at, mask=at < C, other=0, volatile=True)
 
 
 @triton.jit
-def whole_row(sums, shifts, partial_ptr, row, shift, inv_T, C: tl.constexpr, CP: tl.constexpr):
+def whole_row(words, partial_ptr, row, shift, inv_T, C: tl.constexpr, CP: tl.constexpr):
     """Sums over all C slices and their common shift M >= shift: in order, so the same in each.
 
-    sums, shifts: from an earlier look, which is nearly always enough.
+    words: from an earlier look, which is nearly always enough. What is not there yet is NaN and
+    what has a shift of its own is infinite, so a finite sum says that all is well.
     """
-    missing = tl.sum(((sums == _NOTHING) | (shifts == _NOTHING)).to(tl.int32), 0)
-    while missing > 0:
-        sums, shifts = look(partial_ptr, row, C, CP)
-        missing = tl.sum(((sums == _NOTHING) | (shifts == _NOTHING)).to(tl.int32), 0)
-    at = tl.arange(0, CP)
-    ms = tl.where(at < C, _low(shifts), float("-inf"))
-    M = tl.maximum(tl.max(ms, 0), shift)
-    M = tl.where(M == float("-inf"), 0.0, M)
-    every_T = tl.where(at < C, _low(sums) * tl.exp2((ms - M) * (inv_T * LOG2E)), 0.0)
-    every_1 = tl.where(at < C, _high(sums) * tl.exp2((ms - M) * LOG2E), 0.0)
-    sum_T, sum_1 = sum2(every_T, every_1)
+    sum_T, sum_1 = sum2(_low(words), _high(words))
+    M = tl.where(shift > float("-inf"), shift, 0.0)
+    if (sum_T + sum_1 < float("inf")) == 0:
+        missing = tl.sum((words == _NOTHING).to(tl.int32), 0)
+        while missing > 0:
+            words = look(partial_ptr, row, C, CP)
+            missing = tl.sum((words == _NOTHING).to(tl.int32), 0)
+        sum_T, sum_1 = sum2(_low(words), _high(words))
+        if (sum_T + sum_1 < float("inf")) == 0:
+            at = tl.arange(0, CP)
+            apart = _low(words) == float("inf")
+            own = look(partial_ptr + CP, row, C, CP)
+            missing = tl.sum((apart & (own == _NOTHING)).to(tl.int32), 0)
+            while missing > 0:
+                own = look(partial_ptr + CP, row, C, CP)
+                missing = tl.sum((apart & (own == _NOTHING)).to(tl.int32), 0)
+            m = tl.where(apart, _high(words), shift)
+            M = tl.max(tl.where(at < C, m, float("-inf")), 0)
+            M = tl.maximum(M, shift)
+            M = tl.where(M == float("-inf"), 0.0, M)
+            of_T = tl.where(apart, _low(own), _low(words)) * tl.exp2((m - M) * (inv_T * LOG2E))
+            of_1 = tl.where(apart, _high(own), _high(words)) * tl.exp2((m - M) * LOG2E)
+            sum_T, sum_1 = sum2(tl.where(at < C, of_T, 0.0), tl.where(at < C, of_1, 0.0))
     return sum_T, sum_1, M
