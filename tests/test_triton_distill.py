@@ -75,9 +75,7 @@ def test_masked_logits_and_fully_masked_rows():
 def test_logits_of_minus_a_hundred():
     logits_RV, teachers, labels_R = case()
     # Without hardware's fused multiply-add the interpreter rounds z log2(e), here 144, by 2^-24.
-    check_loss(
-        logits_RV - 100.0, teachers, labels_R, DistillSpec(), tolerance=2e-4, rounding=2e-5
-    )
+    check_loss(logits_RV - 100.0, teachers, labels_R, DistillSpec(), tolerance=2e-4, rounding=2e-5)
 
 
 def test_nan_in_a_row_reaches_the_loss_but_not_from_an_ignored_row():

@@ -35,10 +35,6 @@ class RowConfig(NamedTuple):
     warps: int
     per_multiprocessor: int  # programs; times warps * 32 * registers at most 65536
     registers: int  # at most, a thread
-    early: bool = True
-    unroll: int = 1
-    plan_warps: int = 1
-    plan_registers: int | None = None
 
 
 class Row(NamedTuple):
@@ -112,8 +108,6 @@ def _run_plan(
     logits: int,
     index_R: torch.Tensor | None,
     softcap: float | None,
-    warps: int,
-    registers: int | None = None,
 ) -> None:
     spec = row.spec
     arguments: list[Any] = []
@@ -139,8 +133,7 @@ def _run_plan(
         LOGITS=logits,
         HAS_INDEX=index_R is not None,
         PARTIALS=0 if plan.partial is None else plan.partial.shape[1],
-        num_warps=warps,
-        **({} if registers is None else {"maxnreg": registers}),
+        num_warps=1,  # a row's reductions stay within a warp: no barriers
     )  # fmt: skip
 
 
@@ -153,7 +146,7 @@ def gate(row: Row, vocab_size: int) -> list[torch.Tensor]:
         shared = _shared_constants(row, num_taboo, T_1, None)
         _run_plan(
             None, vocab_size, num_rows, row, (loss, strategy, js, kd, ce, weight),
-            _Plan(*[None] * 8), shared, _NO_LOGITS, None, None, RowConfig._field_defaults["plan_warps"],
+            _Plan(*[None] * 8), shared, _NO_LOGITS, None, None,
         )  # fmt: skip
     return [strategy, js, weight]
 
@@ -214,7 +207,7 @@ def launch(
     )
     _run_plan(
         logits_RV, vocab_size, num_rows, row, diagnostics, plan, shared,
-        _LOGITS_GO if out == IN_PLACE else _LOGITS_STAY, index_R, softcap, config.plan_warps, config.plan_registers,
+        _LOGITS_GO if out == IN_PLACE else _LOGITS_STAY, index_R, softcap,
     )  # fmt: skip
     launched: dict[str, Any] = {"num_warps": config.warps}
     if not INTERPRETED:
@@ -222,8 +215,8 @@ def launch(
         launched.update(maxnreg=config.registers, launch_cooperative_grid=slices > 1)
     rows_kernel[(programs,)](
         x, work_x, gradient_RV, index_R, num_rows, x.stride(0), work_x.stride(0),
-        gradient_RV.stride(0), size // per, x.shape[1], row.taboo_RK, _stride(row.taboo_RK), row.per_item,
-        diagnostics[0], diagnostics[3], diagnostics[4], *plan,
+        gradient_RV.stride(0), size // per, x.shape[1], row.taboo_RK, _stride(row.taboo_RK),
+        row.per_item, diagnostics[0], diagnostics[3], diagnostics[4], *plan,
         num_taboo, vocab_size,
         spec.temperature, 1.0 / spec.temperature, math.log2(math.e) / UNIT[mode], spec.alpha,
         spec.beta, spec.gamma, spec.jsd_beta, 1.0 if softcap is None else softcap,
@@ -236,8 +229,6 @@ def launch(
         TILES=config.tiles,
         BLOCK=config.tile // per,
         FORMAT=x_format,
-        EARLY=config.early,
-        UNROLL=config.unroll,
         OPAQUE=not INTERPRETED,
         **launched,
     )  # fmt: skip

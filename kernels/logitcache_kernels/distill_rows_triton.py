@@ -160,7 +160,7 @@ def rows_kernel(
     C: tl.constexpr, CP: tl.constexpr,  # slices of a row; the next power of two
     TILES: tl.constexpr, BLOCK: tl.constexpr,  # of a slice; elements (of x) in a tile
     FORMAT: tl.constexpr,  # x has words of two 16-bit elements, or elements
-    EARLY: tl.constexpr, UNROLL: tl.constexpr, OPAQUE: tl.constexpr,
+    OPAQUE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -180,198 +180,187 @@ def rows_kernel(
     row_before = tl.zeros((), tl.int64)
     strategy_before = tl.full((), 3, tl.int32)
     x_before = no_slice(x_ptr, TILES, BLOCK)
-    for first_item in range(program, num_rows * C + programs, UNROLL * programs):
-        for turn in tl.static_range(UNROLL):
-            item = first_item + turn * programs
-            if EARLY:
-                # The next slice is asked for before anything is waited for.
-                x_next = _fetch(
-                    item + programs, row_next, strategy_next, x_ptr, work_x_ptr, work_ptr, index_ptr, x_stride, work_x_stride,
-                    work_stride, x_size, x_end, numbers_ptr, list_ids_ptr, taboo_ptr, taboo_stride, NT, V,
-                    WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK, FORMAT,
-                )  # fmt: skip
+    for item in range(program, num_rows * C + programs, programs):
+        # The next slice is asked for before anything is waited for.
+        x_next = _fetch(
+            item + programs, row_next, strategy_next, x_ptr, work_x_ptr, work_ptr, index_ptr,
+            x_stride, work_x_stride, work_stride, x_size, x_end, numbers_ptr, list_ids_ptr,
+            taboo_ptr, taboo_stride, NT, V, WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK,
+            FORMAT,
+        )  # fmt: skip
 
-            # What this slice adds to its row's sums.
-            m = tl.where(shift > minus_inf, shift, 0.0)
-            acc_T, acc_1 = lanes(x, m, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP)
-            # What the slice before is to be finished with (rubbish where that has no loss), and what
-            # the coming ones start with: on its way during the reduction.
-            numbers = numbers_ptr + row_before * NUMBERS
-            at_list = row_before * WIDTH + entry
-            ids = tl.load(list_ids_ptr + at_list)
-            z = tl.load(list_z_ptr + at_list)
-            p = tl.load(list_p_ptr + at_list)
-            shift_before = tl.load(numbers + SHIFT)
-            words = look(partial_ptr, row_before, C, CP)
-            row_later, strategy_later = _kind(item + 2 * programs, num_rows, kind_ptr, C)
-            shift_next = tl.load(
-                numbers_ptr + row_next * NUMBERS + SHIFT, mask=row_next < num_rows, other=0.0
-            )
-            sum_T, sum_1 = total(acc_T, acc_1, MODE)
-            if strategy != 3:
-                begin = (item % C) * x_size
-                source = x_ptr + row * x_stride + begin
-                if OUT != 0:
-                    source, _ = _work(
-                        work_x_ptr, work_ptr, row, item, work_x_stride, work_stride, x_size, C,
-                        OUT, FORMAT,
-                    )  # fmt: skip
-                publish(
-                    partial_ptr, row, item % C, sum_T, sum_1, shift, source,
-                    tl.minimum(x_size, x_end - begin), unit, inv_T, cap, CP, BLOCK, FORMAT, MODE,
-                    SOFTCAP,
-                )  # fmt: skip
+        # So is what the slice before is to be finished with (rubbish where that has no loss).
+        numbers = numbers_ptr + row_before * NUMBERS
+        at_list = row_before * WIDTH + entry
+        ids = tl.load(list_ids_ptr + at_list)
+        z = tl.load(list_z_ptr + at_list)
+        p = tl.load(list_p_ptr + at_list)
+        shift_before = tl.load(numbers + SHIFT)
+        row_later, strategy_later = _kind(item + 2 * programs, num_rows, kind_ptr, C)
+        shift_next = tl.load(
+            numbers_ptr + row_next * NUMBERS + SHIFT, mask=row_next < num_rows, other=0.0
+        )
 
-            if not EARLY:
-                x_next = _fetch(
-                    item + programs, row_next, strategy_next, x_ptr, work_x_ptr, work_ptr, index_ptr, x_stride, work_x_stride,
-                    work_stride, x_size, x_end, numbers_ptr, list_ids_ptr, taboo_ptr, taboo_stride, NT, V,
-                    WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK, FORMAT,
+        # What this slice adds to its row's sums.
+        m = tl.where(shift > minus_inf, shift, 0.0)
+        acc_T, acc_1 = lanes(x, m, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP)
+        words = look(partial_ptr, row_before, C, CP)
+        sum_T, sum_1 = total(acc_T, acc_1, MODE)
+        if strategy != 3:
+            begin = (item % C) * x_size
+            source = x_ptr + row * x_stride + begin
+            if OUT != 0:
+                source, _ = _work(
+                    work_x_ptr, work_ptr, row, item, work_x_stride, work_stride, x_size, C,
+                    OUT, FORMAT,
                 )  # fmt: skip
-
-            # The slice before: its row's sums have been coming in meanwhile.
-            item_before = tl.maximum(item - programs, 0)
-            part = item_before % C
-            begin = part * size
-            end = tl.minimum(begin + size, V)
-            left = x_end - part * x_size
-            work_x, work = _work(
-                work_x_ptr, work_ptr, row_before, item_before, work_x_stride, work_stride, x_size, C, OUT,
-                FORMAT,
+            publish(
+                partial_ptr, row, item % C, sum_T, sum_1, shift, source,
+                tl.minimum(x_size, x_end - begin), unit, inv_T, cap, CP, BLOCK, FORMAT, MODE,
+                SOFTCAP,
             )  # fmt: skip
-            if strategy_before == 3:
-                if (OUT != 2) & (item >= programs) & (row_before < num_rows):
-                    for tile in tl.static_range(TILES):
-                        zeros = tl.zeros([BLOCK], work_x_ptr.dtype.element_ty)
-                        store_tile(work_x, x_size, left, tile, zeros, BLOCK)
-            else:
-                # From L1, where the shift's load has brought the line.
-                gold = tl.load(numbers + GOLD_ID).to(tl.int32)
-                gold_T = tl.load(numbers + GOLD_T)
-                weight = tl.load(numbers + WEIGHT)
-                plan_inside = tl.load(numbers + INSIDE)
-                plan_others = tl.load(numbers + OTHERS)
-                plan_gold = tl.load(numbers + GOLD_1)
-                z_gold = tl.load(numbers + GOLD_LOGIT)
-                tail_mass = tl.load(numbers + TAIL_MASS)
-                if KIND == 0:
-                    mass = tl.load(numbers + MASS)
-                    value = tl.load(numbers + VALUE)
-                gold_alone = gold_T >= 0.0
-                if TABOO:
-                    position = _position(row_before, index_ptr, HAS_INDEX)
-                if TABOO == 1:
-                    slots = slots_ptr + row_before * (tl.cdiv(NT, TB) * TB)
-                rest_T, rest_1, m = whole_row(
-                    words, partial_ptr, row_before, shift_before, inv_T, C, CP
-                )
-                # The plan's sums, to the same shift (a factor of 1 nearly always).
-                lead = tl.where(shift_before > minus_inf, shift_before, 0.0) - m
-                plan_T = tl.exp2(lead * (inv_T * LOG2E))
-                plan_1 = tl.exp2(lead * LOG2E)
-                inside = plan_inside * plan_T
-                others = rest_1 + plan_others * plan_1
-                alone_T = tl.where(gold_alone, gold_T * plan_T, 0.0)
-                sum_T = rest_T + alone_T + inside
-                sum_1 = others + plan_gold * plan_1
-                masked = sum_1 == 0.0  # every logit is -inf: loss 0, gradient 0
-                per_T = 1.0 / tl.where(masked, 1.0, sum_T)
-                per_1 = 1.0 / tl.where(masked, 1.0, sum_1)
-                log_sum_T = tl.log(tl.where(masked, 1.0, sum_T))
-                has_ce = (gold >= 0) & (z_gold != minus_inf)
-                tail_q = (rest_T + alone_T) * per_T
-                inside = inside * per_T
 
-                # The divergence: value, kappa and omega.
-                log_inside = 0.0
-                per_inside = 1.0
-                if TAIL == 1:
-                    per_inside = 1.0 / tl.maximum(inside, FLOOR)
-                    log_inside = tl.log(tl.maximum(inside, FLOOR))
-                log_sum_T += log_inside  # a renormalised student's
-                q, n = powers(z, m * unit, unit, inv_T, MODE)
-                q = q * per_T
-                if KIND == 0:
-                    value += mass * (log_sum_T - lead * inv_T)
-                    b_sum = -mass
-                    b = -p
-                else:
-                    reach = (ids >= 0) & (z != minus_inf)
-                    log_q = tl.where(reach, (z - m) * inv_T - log_sum_T, 0.0)
-                    value, b = terms(p, q * per_inside, log_q, 1.0, jsd_beta, KIND)
-                    value, b_sum = sum2(value, b)
-                    if TABOO == 1:
-                        vt, bt = taboo_divergence(
-                            slots, NT, m * unit, unit, m, inv_T, per_T, log_sum_T, per_inside,
-                            jsd_beta, MODE, KIND, TB,
-                        )  # fmt: skip
-                        value += vt
-                        b_sum += bt
-                vt, kappa, omega = tail_slopes(
-                    b_sum, tail_mass, tail_q, inside, jsd_beta, TAIL, KIND
-                )
-                value += vt
-                scale_c = tl.where(strategy_before == 2, alpha + beta, alpha)
-                scale_c = tl.where(has_ce, weight * scale_c * per_item, 0.0)
-                scale_d = tl.where((strategy_before == 2) | masked, 0.0, weight * beta * T * per_item)
-                g = scale_d * (b - kappa * q)
-                dense = scale_d * omega
-                taboo_slope = scale_d * kappa
-                agree = 0.0
-                if HAS_R:
-                    # R = (1 - JS) KL(p1^T || q), for blended positions.
-                    share = gamma * tl.load(numbers + AGREEMENT)
-                    share = tl.where((strategy_before == 0) & (masked == 0), share, 0.0)
-                    others_r = tl.load(numbers + R_OTHERS) * (plan_T * per_T)
-                    inside_r = inside - others_r
-                    log_sum_r = log_sum_T
-                    if TAIL == 1:
-                        log_sum_r += tl.log(tl.maximum(inside_r, FLOOR)) - log_inside
-                    mass_r = tl.load(numbers + R_MASS)
-                    agree = tl.load(numbers + R_VALUE) + mass_r * (log_sum_r - lead * inv_T)
-                    vt, kappa_r, omega_r = tail_slopes(
-                        -mass_r, tl.load(numbers + R_TAIL_MASS), tail_q + others_r, inside_r, jsd_beta,
-                        TAIL, 0,
+        # The slice before: its row's sums have been coming in meanwhile.
+        item_before = tl.maximum(item - programs, 0)
+        part = item_before % C
+        begin = part * size
+        end = tl.minimum(begin + size, V)
+        left = x_end - part * x_size
+        work_x, work = _work(
+            work_x_ptr, work_ptr, row_before, item_before, work_x_stride, work_stride, x_size, C,
+            OUT, FORMAT,
+        )  # fmt: skip
+        if strategy_before == 3:
+            if (OUT != 2) & (item >= programs):
+                for tile in tl.static_range(TILES):
+                    zeros = tl.zeros([BLOCK], work_x_ptr.dtype.element_ty)
+                    store_tile(work_x, x_size, left, tile, zeros, BLOCK)
+        else:
+            # From L1, where the shift's load has brought the line.
+            gold = tl.load(numbers + GOLD_ID).to(tl.int32)
+            gold_T = tl.load(numbers + GOLD_T)
+            weight = tl.load(numbers + WEIGHT)
+            plan_inside = tl.load(numbers + INSIDE)
+            plan_others = tl.load(numbers + OTHERS)
+            plan_gold = tl.load(numbers + GOLD_1)
+            z_gold = tl.load(numbers + GOLD_LOGIT)
+            tail_mass = tl.load(numbers + TAIL_MASS)
+            if KIND == 0:
+                mass = tl.load(numbers + MASS)
+                value = tl.load(numbers + VALUE)
+            gold_alone = gold_T >= 0.0
+            if TABOO:
+                position = _position(row_before, index_ptr, HAS_INDEX)
+            if TABOO == 1:
+                slots = slots_ptr + row_before * (tl.cdiv(NT, TB) * TB)
+            rest_T, rest_1, m = whole_row(
+                words, partial_ptr, row_before, shift_before, inv_T, C, CP
+            )
+            # The plan's sums, to the same shift (a factor of 1 nearly always).
+            lead = tl.where(shift_before > minus_inf, shift_before, 0.0) - m
+            plan_T = tl.exp2(lead * (inv_T * LOG2E))
+            plan_1 = tl.exp2(lead * LOG2E)
+            inside = plan_inside * plan_T
+            others = rest_1 + plan_others * plan_1
+            alone_T = tl.where(gold_alone, gold_T * plan_T, 0.0)
+            sum_T = rest_T + alone_T + inside
+            sum_1 = others + plan_gold * plan_1
+            masked = sum_1 == 0.0  # every logit is -inf: loss 0, gradient 0
+            per_T = 1.0 / tl.where(masked, 1.0, sum_T)
+            per_1 = 1.0 / tl.where(masked, 1.0, sum_1)
+            log_sum_T = tl.log(tl.where(masked, 1.0, sum_T))
+            has_ce = (gold >= 0) & (z_gold != minus_inf)
+            tail_q = (rest_T + alone_T) * per_T
+            inside = inside * per_T
+
+            # The divergence: value, kappa and omega.
+            log_inside = 0.0
+            per_inside = 1.0
+            if TAIL == 1:
+                per_inside = 1.0 / tl.maximum(inside, FLOOR)
+                log_inside = tl.log(tl.maximum(inside, FLOOR))
+            log_sum_T += log_inside  # a renormalised student's
+            q, n = powers(z, m * unit, unit, inv_T, MODE)
+            q = q * per_T
+            if KIND == 0:
+                value += mass * (log_sum_T - lead * inv_T)
+                b_sum = -mass
+                b = -p
+            else:
+                reach = (ids >= 0) & (z != minus_inf)
+                log_q = tl.where(reach, (z - m) * inv_T - log_sum_T, 0.0)
+                value, b = terms(p, q * per_inside, log_q, 1.0, jsd_beta, KIND)
+                value, b_sum = sum2(value, b)
+                if TABOO == 1:
+                    vt, bt = taboo_divergence(
+                        slots, NT, m * unit, unit, m, inv_T, per_T, log_sum_T, per_inside,
+                        jsd_beta, MODE, KIND, TB,
                     )  # fmt: skip
-                    agree = share * (agree + vt)
-                    scale_r = weight * share * inv_T * per_item
-                    pr = tl.load(list_r_ptr + at_list)
-                    g += scale_r * tl.where(pr < 0.0, omega_r * q, -pr - kappa_r * q)
-                    dense += scale_r * omega_r
-                    taboo_slope += scale_r * kappa_r
-                if part == 0:
-                    position = _position(row_before, index_ptr, HAS_INDEX)
-                    ce = tl.log(tl.where(masked, 1.0, sum_1)) - (z_gold - m)
-                    ce = tl.where(has_ce, ce, 0.0)
-                    kd = tl.where(strategy_before == 2, ce, tl.where(masked, 0.0, T * T * value))
-                    tl.store(loss_ptr + position, weight * (alpha * ce + beta * kd + agree))
-                    tl.store(kd_ptr + position, kd)
-                    tl.store(ce_ptr + position, ce)
-                a = dense * per_T
-                c = scale_c * per_1
-                # What the sweep below cannot know: the entries that were left out of it.
-                behind_gold = -scale_c * others * per_1  # scale_c (q' - 1), without cancellation
-                g += tl.where(ids == gold, behind_gold, n * c)
-                g = g * slope(z, cap, SOFTCAP)
-                g_gold = (a * alone_T + behind_gold) * slope(z_gold, cap, SOFTCAP)
-                if OUT != 2:
-                    for tile in tl.static_range(TILES):
-                        dense_x = tile_gradient(
-                            x_before[tile], m, unit, inv_T, cap, a, c, FORMAT, MODE, SOFTCAP, OPAQUE
-                        )
-                        store_tile(work_x, x_size, left, tile, dense_x, BLOCK)
-                    tl.debug_barrier()
-                    mine = (ids >= begin) & (ids < end)
-                    tl.store(work + ids, g.to(work_ptr.dtype.element_ty), mask=mine)
-                    mine = gold_alone & (gold >= begin) & (gold < end)
-                    tl.store(work + gold, g_gold.to(work_ptr.dtype.element_ty), mask=mine)
-                    if TABOO == 1:
-                        first = position * taboo_stride
-                        taboo_gradient(
-                            work, begin, end, slots, taboo_ptr, first, first + NT, V, m * unit, unit,
-                            m, inv_T, per_T, c, scale_d, taboo_slope, log_sum_T, per_inside, jsd_beta,
-                            cap, MODE, KIND, SOFTCAP, TB,
-                        )  # fmt: skip
-            row_before, strategy_before, x_before = row, strategy, x
-            row, strategy, shift, x = row_next, strategy_next, shift_next, x_next
-            row_next, strategy_next = row_later, strategy_later
+                    value += vt
+                    b_sum += bt
+            vt, kappa, omega = tail_slopes(b_sum, tail_mass, tail_q, inside, jsd_beta, TAIL, KIND)
+            value += vt
+            scale_c = tl.where(strategy_before == 2, alpha + beta, alpha)
+            scale_c = tl.where(has_ce, weight * scale_c * per_item, 0.0)
+            scale_d = tl.where((strategy_before == 2) | masked, 0.0, weight * beta * T * per_item)
+            g = scale_d * (b - kappa * q)
+            dense = scale_d * omega
+            taboo_slope = scale_d * kappa
+            agree = 0.0
+            if HAS_R:
+                # R = (1 - JS) KL(p1^T || q), for blended positions.
+                share = gamma * tl.load(numbers + AGREEMENT)
+                share = tl.where((strategy_before == 0) & (masked == 0), share, 0.0)
+                others_r = tl.load(numbers + R_OTHERS) * (plan_T * per_T)
+                inside_r = inside - others_r
+                log_sum_r = log_sum_T
+                if TAIL == 1:
+                    log_sum_r += tl.log(tl.maximum(inside_r, FLOOR)) - log_inside
+                mass_r = tl.load(numbers + R_MASS)
+                agree = tl.load(numbers + R_VALUE) + mass_r * (log_sum_r - lead * inv_T)
+                vt, kappa_r, omega_r = tail_slopes(
+                    -mass_r, tl.load(numbers + R_TAIL_MASS), tail_q + others_r, inside_r, jsd_beta,
+                    TAIL, 0,
+                )  # fmt: skip
+                agree = share * (agree + vt)
+                scale_r = weight * share * inv_T * per_item
+                pr = tl.load(list_r_ptr + at_list)
+                g += scale_r * tl.where(pr < 0.0, omega_r * q, -pr - kappa_r * q)
+                dense += scale_r * omega_r
+                taboo_slope += scale_r * kappa_r
+            if part == 0:
+                position = _position(row_before, index_ptr, HAS_INDEX)
+                ce = tl.log(tl.where(masked, 1.0, sum_1)) - (z_gold - m)
+                ce = tl.where(has_ce, ce, 0.0)
+                kd = tl.where(strategy_before == 2, ce, tl.where(masked, 0.0, T * T * value))
+                tl.store(loss_ptr + position, weight * (alpha * ce + beta * kd + agree))
+                tl.store(kd_ptr + position, kd)
+                tl.store(ce_ptr + position, ce)
+            a = dense * per_T
+            c = scale_c * per_1
+            # What the sweep below cannot know: the entries that were left out of it.
+            behind_gold = -scale_c * others * per_1  # scale_c (q' - 1), without cancellation
+            g += tl.where(ids == gold, behind_gold, n * c)
+            g = g * slope(z, cap, SOFTCAP)
+            g_gold = (a * alone_T + behind_gold) * slope(z_gold, cap, SOFTCAP)
+            if OUT != 2:
+                for tile in tl.static_range(TILES):
+                    dense_x = tile_gradient(
+                        x_before[tile], m, unit, inv_T, cap, a, c, FORMAT, MODE, SOFTCAP, OPAQUE
+                    )
+                    store_tile(work_x, x_size, left, tile, dense_x, BLOCK)
+                tl.debug_barrier()
+                mine = (ids >= begin) & (ids < end)
+                tl.store(work + ids, g.to(work_ptr.dtype.element_ty), mask=mine)
+                mine = gold_alone & (gold >= begin) & (gold < end)
+                tl.store(work + gold, g_gold.to(work_ptr.dtype.element_ty), mask=mine)
+                if TABOO == 1:
+                    first = position * taboo_stride
+                    taboo_gradient(
+                        work, begin, end, slots, taboo_ptr, first, first + NT, V, m * unit, unit,
+                        m, inv_T, per_T, c, scale_d, taboo_slope, log_sum_T, per_inside, jsd_beta,
+                        cap, MODE, KIND, SOFTCAP, TB,
+                    )  # fmt: skip
+        row_before, strategy_before, x_before = row, strategy, x
+        row, strategy, shift, x = row_next, strategy_next, shift_next, x_next
+        row_next, strategy_next = row_later, strategy_later

@@ -229,13 +229,13 @@ def look(partial_ptr, row, C: tl.constexpr, CP: tl.constexpr):
 
 @triton.jit
 def whole_row(words, partial_ptr, row, shift, inv_T, C: tl.constexpr, CP: tl.constexpr):
-    """Sums over all C slices and their common shift M >= shift: in order, so the same in each.
+    """Sums over all C slices, in order, so the same in each; and their common shift.
 
     words: from an earlier look, which is nearly always enough. What is not there yet is NaN and
     what has a shift of its own is infinite, so a finite sum says that all is well.
     """
     sum_T, sum_1 = sum2(_low(words), _high(words))
-    M = tl.where(shift > float("-inf"), shift, 0.0)
+    top = tl.where(shift > float("-inf"), shift, 0.0)
     if (sum_T + sum_1 < float("inf")) == 0:
         missing = tl.sum((words == _NOTHING).to(tl.int32), 0)
         while missing > 0:
@@ -251,10 +251,9 @@ def whole_row(words, partial_ptr, row, shift, inv_T, C: tl.constexpr, CP: tl.con
                 own = look(partial_ptr + CP, row, C, CP)
                 missing = tl.sum((apart & (own == _NOTHING)).to(tl.int32), 0)
             m = tl.where(apart, _high(words), shift)
-            M = tl.max(tl.where(at < C, m, float("-inf")), 0)
-            M = tl.maximum(M, shift)
-            M = tl.where(M == float("-inf"), 0.0, M)
-            of_T = tl.where(apart, _low(own), _low(words)) * tl.exp2((m - M) * (inv_T * LOG2E))
-            of_1 = tl.where(apart, _high(own), _high(words)) * tl.exp2((m - M) * LOG2E)
+            top = tl.maximum(tl.max(tl.where(at < C, m, float("-inf")), 0), shift)
+            top = tl.where(top == float("-inf"), 0.0, top)
+            of_T = tl.where(apart, _low(own), _low(words)) * tl.exp2((m - top) * (inv_T * LOG2E))
+            of_1 = tl.where(apart, _high(own), _high(words)) * tl.exp2((m - top) * LOG2E)
             sum_T, sum_1 = sum2(tl.where(at < C, of_T, 0.0), tl.where(at < C, of_1, 0.0))
-    return sum_T, sum_1, M
+    return sum_T, sum_1, top
