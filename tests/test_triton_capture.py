@@ -88,6 +88,13 @@ def test_ordinary_rows_need_no_second_sweep(estimator, monkeypatch):
     assert (found.count_R > 0).all()
 
 
+def test_a_clip_below_zero_under_a_top_above_it_matches_the_oracle():
+    """Their ordered bits are further apart than 32 bits can say."""
+    logits_RV = peaked_logits(4, 12000, torch.Generator().manual_seed(6), scale=3.0)
+    logits_RV -= logits_RV.topk(60).values[:, -1:]
+    check(logits_RV.bfloat16(), estimator="topk", top_k=40, min_prob=0.0)
+
+
 @pytest.mark.parametrize("estimator", ["sampled", "topk"])
 def test_hard_rows_match_the_oracle(estimator):
     """One-hot, constant, two-level, sorted rows, minus infinities, a tail far below 1e-30."""

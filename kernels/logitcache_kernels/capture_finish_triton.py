@@ -137,17 +137,19 @@ def _kth(order, found, low, top, K: tl.constexpr, UNIT: tl.constexpr):
 
     Bisects ordered bits; UNIT of them separate neighbours of the logits' own type.
     """
-    high = ordered(top) + 1
+    # 64 bits: low may be negative and high positive.
+    high = ordered(top).to(tl.int64) + 1
+    least = low.to(tl.int64)
     count = found
-    while (high - low > UNIT) & (count != K):
-        middle = low + (high - low) // 2
-        above = tl.sum((order >= middle).to(tl.int32), 0)
+    while (high - least > UNIT) & (count != K):
+        middle = (high + least) >> 1
+        above = tl.sum((order >= middle.to(tl.int32)).to(tl.int32), 0)
         if above >= K:
-            low = middle
+            least = middle
             count = above
         else:
             high = middle
-    return low
+    return least.to(tl.int32)
 
 
 @triton.jit
