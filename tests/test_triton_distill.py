@@ -249,3 +249,14 @@ def test_linear_loss_without_any_position_that_counts():
     labels_R = torch.full((5,), -100)
     output = check_linear(hidden_RD, weight_VD, teachers, labels_R, DistillSpec(), tolerance=1e-6)
     assert output.loss == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (700, 600), (1024, 128)])
+def test_sums_are_narrowed_in_the_memory_they_lie_in(shape):
+    from logitcache_kernels.linear_fused import _narrow
+
+    sums = torch.randn(*shape, generator=generator(0))
+    expected = sums.to(torch.bfloat16)
+    found = _narrow(sums, torch.bfloat16)
+    assert torch.equal(found, expected)
+    assert found.untyped_storage().data_ptr() == sums.untyped_storage().data_ptr()

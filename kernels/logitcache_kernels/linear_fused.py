@@ -102,6 +102,22 @@ def _logits(
         out += head.scale * bias.to(out.dtype)
 
 
+def _narrow(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float32 sums as a 16-bit tensor in the memory they lie in: dW twice would be the peak.
+
+    Elements [n, 2n) go to where [n/2, n) lay, which have gone before.
+    """
+    wide = sums.view(-1)
+    narrow = wide.view(dtype)[: len(wide)]
+    done = min(2**16, len(wide))
+    narrow[:done] = wide[:done].clone()
+    while done < len(wide):
+        stop = min(2 * done, len(wide))
+        narrow[done:stop] = wide[done:stop]
+        done = stop
+    return narrow.view(sums.shape)
+
+
 class _Plan(NamedTuple):
     """What does not depend on the gate, made before the host waits for it."""
 
@@ -171,8 +187,8 @@ class _Linear(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += head.scale * gradient.sum(0, dtype=torch.float32)
         buffer = logits = gradient = hidden = weight = None  # before dW is copied to its dtype
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight_VD.dtype)
+        if grad_weight is not None and grad_weight.dtype != weight_VD.dtype:
+            grad_weight = _narrow(grad_weight, weight_VD.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias_V.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
