@@ -14,7 +14,11 @@ from logitcache_kernels import capture
 from logitcache_kernels.capture_reference import capture_reference
 from logitcache_kernels.capture_triton import capture_triton
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # Said whenever the mode is set, by which a test sees that nothing waits for the GPU.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+]
 OPTIONS = {
     "estimator": "sampled",
     "min_prob": 0.005,
