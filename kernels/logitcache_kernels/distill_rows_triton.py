@@ -77,6 +77,13 @@ def _kind(item, num_rows, kind_ptr, C: tl.constexpr):
 
 
 @triton.jit
+def _list(row, list_ids_ptr, list_z_ptr, list_p_ptr, WIDTH: tl.constexpr):
+    """The plan's entries of a row: ids, logits, target."""
+    at = row * WIDTH + tl.arange(0, WIDTH)
+    return tl.load(list_ids_ptr + at), tl.load(list_z_ptr + at), tl.load(list_p_ptr + at)
+
+
+@triton.jit
 def _fetch(
     item, row, strategy, x_ptr, work_x_ptr, work_ptr, index_ptr, x_stride, work_x_stride,
     work_stride, x_size, x_end, numbers_ptr, list_ids_ptr, taboo_ptr, taboo_stride, NT, V,
@@ -179,32 +186,29 @@ def rows_kernel(
     # Values of their own: names that begin as one value would stay one in the loop.
     row_before = tl.zeros((), tl.int64)
     strategy_before = tl.full((), 3, tl.int32)
+    shift_before = tl.zeros((), tl.float32)
     x_before = no_slice(x_ptr, TILES, BLOCK)
+    ids, z, p = _list(row_before, list_ids_ptr, list_z_ptr, list_p_ptr, WIDTH)
     for item in range(program, num_rows * C + programs, programs):
-        # The next slice is asked for before anything is waited for.
-        x_next = _fetch(
-            item + programs, row_next, strategy_next, x_ptr, work_x_ptr, work_ptr, index_ptr,
-            x_stride, work_x_stride, work_stride, x_size, x_end, numbers_ptr, list_ids_ptr,
-            taboo_ptr, taboo_stride, NT, V, WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK,
-            FORMAT,
-        )  # fmt: skip
-
-        # So is what the slice before is to be finished with (rubbish where that has no loss).
-        numbers = numbers_ptr + row_before * NUMBERS
-        at_list = row_before * WIDTH + entry
-        ids = tl.load(list_ids_ptr + at_list)
-        z = tl.load(list_z_ptr + at_list)
-        p = tl.load(list_p_ptr + at_list)
-        shift_before = tl.load(numbers + SHIFT)
-        row_later, strategy_later = _kind(item + 2 * programs, num_rows, kind_ptr, C)
-        shift_next = tl.load(
-            numbers_ptr + row_next * NUMBERS + SHIFT, mask=row_next < num_rows, other=0.0
-        )
-
         # What this slice adds to its row's sums.
         m = tl.where(shift > minus_inf, shift, 0.0)
         acc_T, acc_1 = lanes(x, m, unit, inv_T, cap, TILES, FORMAT, MODE, SOFTCAP)
+        # The slice before, whose row's sums have been coming in meanwhile: what it is finished
+        # with, on its way during the reduction (rubbish where that position has no loss).
         words = look(partial_ptr, row_before, C, CP)
+        numbers = numbers_ptr + row_before * NUMBERS
+        gold = tl.load(numbers + GOLD_ID).to(tl.int32)
+        gold_T = tl.load(numbers + GOLD_T)
+        weight = tl.load(numbers + WEIGHT)
+        plan_inside = tl.load(numbers + INSIDE)
+        plan_others = tl.load(numbers + OTHERS)
+        plan_gold = tl.load(numbers + GOLD_1)
+        z_gold = tl.load(numbers + GOLD_LOGIT)
+        tail_mass = tl.load(numbers + TAIL_MASS)
+        if KIND == 0:
+            mass = tl.load(numbers + MASS)
+            value = tl.load(numbers + VALUE)
+        position = _position(row_before, index_ptr, HAS_INDEX)
         sum_T, sum_1 = total(acc_T, acc_1, MODE)
         if strategy != 3:
             begin = (item % C) * x_size
@@ -219,8 +223,24 @@ def rows_kernel(
                 tl.minimum(x_size, x_end - begin), unit, inv_T, cap, CP, BLOCK, FORMAT, MODE,
                 SOFTCAP,
             )  # fmt: skip
+        rest_T, rest_1, m = whole_row(
+            words, strategy_before != 3, partial_ptr, row_before, shift_before, inv_T, C, CP
+        )
 
-        # The slice before: its row's sums have been coming in meanwhile.
+        # Now that nothing is waited for any more, all that the next turn needs is asked for. (A
+        # processor tells loads apart only roughly: a wait for any of them would be one for all.)
+        x_next = _fetch(
+            item + programs, row_next, strategy_next, x_ptr, work_x_ptr, work_ptr, index_ptr,
+            x_stride, work_x_stride, work_stride, x_size, x_end, numbers_ptr, list_ids_ptr,
+            taboo_ptr, taboo_stride, NT, V, WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK,
+            FORMAT,
+        )  # fmt: skip
+        ids_next, z_next, p_next = _list(row, list_ids_ptr, list_z_ptr, list_p_ptr, WIDTH)
+        shift_next = tl.load(
+            numbers_ptr + row_next * NUMBERS + SHIFT, mask=row_next < num_rows, other=0.0
+        )
+        row_later, strategy_later = _kind(item + 2 * programs, num_rows, kind_ptr, C)
+
         item_before = tl.maximum(item - programs, 0)
         part = item_before % C
         begin = part * size
@@ -236,26 +256,9 @@ def rows_kernel(
                     zeros = tl.zeros([BLOCK], work_x_ptr.dtype.element_ty)
                     store_tile(work_x, x_size, left, tile, zeros, BLOCK)
         else:
-            # From L1, where the shift's load has brought the line.
-            gold = tl.load(numbers + GOLD_ID).to(tl.int32)
-            gold_T = tl.load(numbers + GOLD_T)
-            weight = tl.load(numbers + WEIGHT)
-            plan_inside = tl.load(numbers + INSIDE)
-            plan_others = tl.load(numbers + OTHERS)
-            plan_gold = tl.load(numbers + GOLD_1)
-            z_gold = tl.load(numbers + GOLD_LOGIT)
-            tail_mass = tl.load(numbers + TAIL_MASS)
-            if KIND == 0:
-                mass = tl.load(numbers + MASS)
-                value = tl.load(numbers + VALUE)
             gold_alone = gold_T >= 0.0
-            if TABOO:
-                position = _position(row_before, index_ptr, HAS_INDEX)
             if TABOO == 1:
                 slots = slots_ptr + row_before * (tl.cdiv(NT, TB) * TB)
-            rest_T, rest_1, m = whole_row(
-                words, partial_ptr, row_before, shift_before, inv_T, C, CP
-            )
             # The plan's sums, to the same shift (a factor of 1 nearly always).
             lead = tl.where(shift_before > minus_inf, shift_before, 0.0) - m
             plan_T = tl.exp2(lead * (inv_T * LOG2E))
@@ -324,12 +327,11 @@ def rows_kernel(
                 )  # fmt: skip
                 agree = share * (agree + vt)
                 scale_r = weight * share * inv_T * per_item
-                pr = tl.load(list_r_ptr + at_list)
+                pr = tl.load(list_r_ptr + row_before * WIDTH + entry)
                 g += scale_r * tl.where(pr < 0.0, omega_r * q, -pr - kappa_r * q)
                 dense += scale_r * omega_r
                 taboo_slope += scale_r * kappa_r
             if part == 0:
-                position = _position(row_before, index_ptr, HAS_INDEX)
                 ce = tl.log(tl.where(masked, 1.0, sum_1)) - (z_gold - m)
                 ce = tl.where(has_ce, ce, 0.0)
                 kd = tl.where(strategy_before == 2, ce, tl.where(masked, 0.0, T * T * value))
@@ -361,6 +363,7 @@ def rows_kernel(
                         m, inv_T, per_T, c, scale_d, taboo_slope, log_sum_T, per_inside, jsd_beta,
                         cap, MODE, KIND, SOFTCAP, TB,
                     )  # fmt: skip
-        row_before, strategy_before, x_before = row, strategy, x
+        row_before, strategy_before, shift_before, x_before = row, strategy, shift, x
+        ids, z, p = ids_next, z_next, p_next
         row, strategy, shift, x = row_next, strategy_next, shift_next, x_next
         row_next, strategy_next = row_later, strategy_later

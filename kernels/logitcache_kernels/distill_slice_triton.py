@@ -228,15 +228,16 @@ def look(partial_ptr, row, C: tl.constexpr, CP: tl.constexpr):
 
 
 @triton.jit
-def whole_row(words, partial_ptr, row, shift, inv_T, C: tl.constexpr, CP: tl.constexpr):
+def whole_row(words, live, partial_ptr, row, shift, inv_T, C: tl.constexpr, CP: tl.constexpr):
     """Sums over all C slices, in order, so the same in each; and their common shift.
 
     words: from an earlier look, which is nearly always enough. What is not there yet is NaN and
-    what has a shift of its own is infinite, so a finite sum says that all is well.
+    what has a shift of its own is infinite, so a finite sum says that all is well. live: whether
+    anybody publishes; else the sums are rubbish.
     """
     sum_T, sum_1 = sum2(_low(words), _high(words))
     top = tl.where(shift > float("-inf"), shift, 0.0)
-    if (sum_T + sum_1 < float("inf")) == 0:
+    if live & ((sum_T + sum_1 < float("inf")) == 0):
         missing = tl.sum((words == _NOTHING).to(tl.int32), 0)
         while missing > 0:
             words = look(partial_ptr, row, C, CP)
