@@ -16,10 +16,11 @@ so the whole row gets a q_v + c q'_v with two scalars, and only support and gold
 These entries are left out of the row's sums (``distill_plan_triton``, which also has what the
 teachers give: list, target, sums over it).
 
-A row is cut into C equal slices of at most BLOCK elements; a program holds one in registers from
-its one read to its one write, in the logits' own type. In between, the sums of the C slices are
-exchanged (``distill_slice_triton``). Programs are persistent and load their next slice before
-they wait, so that memory is busy meanwhile.
+A row is cut into C equal slices; a program holds one in registers from its one read to its one
+write, in the logits' own type. Programs are persistent and have two slices at hand: they add up
+one and publish its sums, then give the one before, whose row's sums have come in meanwhile, its
+gradient (``distill_slice_triton``). All programs run at once (a cooperative launch), each takes its
+slices in rising order and publishes before it waits: so every wait ends.
 
 One exponential u = exp(z / n) gives both exp(z/T) and exp(z) as powers, for T in 1, 1.5, 2, 3, 4.
 
