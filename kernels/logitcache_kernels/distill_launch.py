@@ -48,13 +48,14 @@ class Row(NamedTuple):
     spec: DistillSpec
 
 
-def choose_config(vocab_size: int, element_size: int) -> RowConfig:
-    """The fastest of a sweep on an H200 (docs/kernels.md); frozen, as tuning in place corrupts."""
+def choose_config(vocab_size: int, paired: bool) -> RowConfig:
+    """The fastest of a sweep on an H200 (docs/kernels.md); frozen, as tuning in place corrupts.
+
+    paired: whether a register holds two elements.
+    """
     if INTERPRETED:  # programs run one after the other: none may wait for another
         return RowConfig(triton.next_power_of_2(vocab_size) // 2, 2, 4, 1, 0)
-    if element_size > 2:
-        return RowConfig(1024, 4, 4, 3, 168)
-    return RowConfig(2048, 4, 4, 3, 168)
+    return RowConfig(2048 if paired else 1024, 4, 4, 3, 168)
 
 
 def _stride(x: torch.Tensor | None) -> int:
@@ -169,7 +170,8 @@ def launch(
     if num_rows == 0:
         return
     spec, device = row.spec, logits_RV.device
-    config = config or choose_config(vocab_size, logits_RV.element_size())
+    paired = _has_pairs(logits_RV) and (gradient_RV is None or _has_pairs(gradient_RV))
+    config = config or choose_config(vocab_size, paired)
     most = config.tile * config.tiles
     slices = triton.cdiv(vocab_size, most)
     size = triton.cdiv(triton.cdiv(vocab_size, slices), _ALIGNMENT) * _ALIGNMENT
@@ -181,7 +183,7 @@ def launch(
         out = IN_PLACE if gradient_RV.data_ptr() == logits_RV.data_ptr() else COPY
     x_format, per = SINGLE, 1
     x, work_x = logits_RV, gradient_RV
-    if logits_RV.dtype in _PAIRS and _has_pairs(x) and _has_pairs(work_x):
+    if paired:
         x_format, per = _PAIRS[logits_RV.dtype], 2
         x, work_x = x.view(torch.int32), work_x.view(torch.int32)
 
@@ -236,7 +238,7 @@ def launch(
 
 def _has_pairs(x: torch.Tensor) -> bool:
     """Whether its rows are whole 32-bit words of two elements."""
-    return x.shape[1] % 2 == x.stride(0) % 2 == x.storage_offset() % 2 == 0
+    return x.dtype in _PAIRS and x.shape[1] % 2 == x.stride(0) % 2 == x.storage_offset() % 2 == 0
 
 
 def _num_programs(num_items: int, device: torch.device, config: RowConfig) -> int:
