@@ -54,7 +54,7 @@ def choose_config(vocab_size: int, paired: bool) -> RowConfig:
     paired: whether a register holds two elements.
     """
     if INTERPRETED:  # programs run one after the other: none may wait for another
-        return RowConfig(triton.next_power_of_2(vocab_size) // 2, 2, 4, 1, 0)
+        return RowConfig(max(triton.next_power_of_2(vocab_size) // 2, 16), 2, 4, 1, 0)
     return RowConfig(2048 if paired else 1024, 4, 4, 3, 168)
 
 
