@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from distill_checks import check_linear, check_loss, random_spec, run, two_teachers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from logitcache_kernels import DistillSpec, SparseTeacher, distill_loss
@@ -27,9 +27,11 @@ def case(seed=0, num_rows=5, vocab=300, kept=8, temperature=2.0, **options):
     return two_teachers(num_rows, vocab, kept, temperature, generator(seed), **options)
 
 
+# No shrinking: in the interpreter it takes minutes to make a failing example a little smaller.
 @settings(
-    max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+    max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
 @given(st.data())
 def test_every_option_matches_the_oracle(data):
     def pick(values):
