@@ -12,32 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .codec import frequency_rank
 from .config import BuildConfig, build_config
 from .documents import Document, input_files, read_documents
 from .errors import InputError, Interrupted, ResourceError, StoreError, UsageError
 from .files import clear_folder, file_sha256, lock, to_json, write_atomic
+from .layout import FORMAT, TEACHERS, shard_rows
 from .packing import Rows, pack
-from .store import (
-    FORMAT,
-    TEACHERS,
-    Store,
-    create_store,
-    create_teacher,
-    is_store,
-    load_store,
-    shard_rows,
-    write_rows,
-)
+from .store import Store, create_store, create_teacher, is_store, load_store, write_rows
 
 log = logging.getLogger(__name__)
 
 TEMPERATURES = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
 # For --dry-run, before any teacher ran: bytes per entry as measured on text with estimator
-# "sampled", and entries at the default thresholds (DESIGN section 5); statistics take about 18
+# "sampled", and entries at the default thresholds (DESIGN section 5); fields take about 8
 # bytes a token.
-_BYTES_PER_ENTRY, _BYTES_PER_STATISTICS = 2.3, 18
-_MOST_ENTRIES = 256
+_BYTES_PER_ENTRY, _BYTES_PER_FIELDS = 1.5, 8
+_MOST_ENTRIES = 255
 
 
 @dataclass(frozen=True)
@@ -125,7 +115,7 @@ def check_out(config: BuildConfig, fresh: bool) -> None:
         # A build that was killed while it created the store left some of these names, and no
         # manifest.
         others = {p.name for p in path.iterdir() if p.suffix not in (".lock", ".tmp")}
-        others -= {"commits", "tokenizer.json", "rows", "id_of_rank", *TEACHERS}
+        others -= {"commits", "tokenizer.json", "rows", *TEACHERS}
         if others:
             raise UsageError(
                 f"{path}: expected an empty folder or a store, found other files "
@@ -244,14 +234,13 @@ def estimate_bytes(planned: Plan, config: BuildConfig) -> int:
     entries = {"topk": min(config.top_k, 30), "full": planned.manifest["vocab_size"]}.get(
         config.estimator, 30
     )
-    per_token = entries * _BYTES_PER_ENTRY + _BYTES_PER_STATISTICS
+    per_token = entries * _BYTES_PER_ENTRY + _BYTES_PER_FIELDS
     return int(planned.manifest["tokens"] * (len(planned.folders) * per_token + 3))
 
 
 def _open_or_create(path: Path, planned: Plan) -> Store:
     if not is_store(path):
-        id_of_rank, _ = frequency_rank(planned.rows.tokens, planned.manifest["vocab_size"])
-        store = create_store(path, planned.manifest, planned.tokenizer, id_of_rank)
+        store = create_store(path, planned.manifest, planned.tokenizer)
     else:
         store = load_store(path)
         _refuse_other(path, "", store.manifest, planned.manifest)

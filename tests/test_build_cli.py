@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny import make_model, make_tokenizer, sentences, write_jsonl
 
-import logitcache.store
+import logitcache.layout
 from logitcache import open_store
 from logitcache.cli import cli
 from logitcache.files import lock
@@ -30,7 +30,10 @@ PACKAGES = {  # each may import itself and those before it
     "logitcache": ROOT / "logitcache",
     "distill": ROOT / "distill",
 }
-FORMAT_MODULES = ("store", "codec", "packing", "files", "documents", "config", "errors", "info")
+FORMAT_MODULES = (
+    *("store", "codec", "packing", "files", "documents", "config", "errors", "info"),
+    *("layout", "levels", "draws", "fields", "support", "shards"),
+)
 
 
 def run(*arguments: object) -> Result:
@@ -372,7 +375,7 @@ def test_info_of_what_is_no_store_exits_with_4(tmp_path, corpus, teacher1):
 def test_a_signal_stops_with_75_and_the_same_command_goes_on(
     command, tmp_path, monkeypatch, teacher2, number
 ):
-    monkeypatch.setattr(logitcache.store, "SHARD_POSITIONS", 48)  # 21 shards of one row
+    monkeypatch.setattr(logitcache.layout, "SHARD_POSITIONS", 48)  # 21 shards of one row
     first = tmp_path / "store" / "commits" / "teacher1-000000.json"
     ended = threading.Event()
 
