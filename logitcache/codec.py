@@ -5,8 +5,8 @@ to end, position by position, as byte planes of equal length, which zstd packs w
 
 * Certain entries, by rising rank of their id in the shard's frequency order: the planes of the gap
   to the rank before (rank - rank before - 1; the first has its rank itself), lowest byte first,
-  then a level: 0 for the position's top-1 entry, whose logp is the field top1, else of the level table.
-  With a floor (plain top-k) levels count from the position's last one down.
+  then a level: 0 for the position's top-1 entry, whose logp is the field top1, else one of the
+  level table. With a floor (plain top-k) levels count from the position's last one down.
 * Sampled entries, by rising block of eight ids: the bytes, lowest first, of the word
 
       value | (gap & m) << b | (gap >> (8 - b) & 255) << 8 | place << 16 | gap >> (16 - b) << 19
@@ -178,7 +178,8 @@ def encode_certain(
     levels = table.encode(entries.logp)
     has = count_P > 0
     first = _starts(count_P)[has]
-    logp = np.minimum(table.logp.take(levels), np.repeat(top1_P, count_P))
+    levels += table.logp.take(levels) > np.repeat(top1_P, count_P)  # no other one is larger
+    logp = table.logp.take(levels)
     logp[first] = top1_P[has]
     levels[first] = TOP
     floor_P = np.zeros(len(count_P), np.uint8)
@@ -200,7 +201,7 @@ def decode_certain(
     id_of_rank: np.ndarray,
     precision: str,
 ) -> Entries:
-    """Undo encode_certain. top1_P: float32, the top-1 entries' logp; no other one is larger."""
+    """Undo encode_certain. top1_P: float32, the top-1 entries' logp."""
     ranks = _running(_join(planes[:-1]), count_P, 1)
     if len(ranks) and int(ranks.max()) >= len(id_of_rank):
         raise StoreError(f"a rank is {ranks.max()}, there are {len(id_of_rank)} token ids")
@@ -212,7 +213,6 @@ def decode_certain(
     if floor_P is not None:
         levels = np.repeat(floor_P, count_P) - levels + np.uint8(1)
     logp = level_table(precision, floor_P is not None).logp.take(levels)
-    np.minimum(logp, np.repeat(top1_P, count_P), out=logp)
     logp[top] = top1_P[has]
     return Entries(count_P, id_of_rank.take(ranks, mode="clip"), logp)
 

@@ -16,6 +16,7 @@ import numpy as np
 BLOCK = 8  # ids
 _PAIR_STEP = 0x9E3779B9
 _U32 = np.uint32
+_STRIDE = 1 << 15  # entries at a time, for a bounded memory
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -69,13 +70,25 @@ def to_order(keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 def from_order(keys: np.ndarray, blocks: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Undo to_order: ids of the order-th smallest u in each block. uint32."""
-    ordered = _ordered(keys, blocks)
-    best = np.minimum(ordered[0], ordered[1])
-    for row in ordered[2:]:
-        np.minimum(best, row, out=best)
-    later = np.flatnonzero(order)  # some 7 % of the entries
-    if len(later):
-        best[later] = np.sort(ordered[:, later], axis=0)[order[later], np.arange(len(later))]
-    best &= _U32(7)
-    best |= blocks << _U32(3)
-    return best
+    ids = np.empty(len(blocks), np.uint32)
+    for start in range(0, len(blocks), _STRIDE):
+        part = slice(start, start + _STRIDE)
+        ordered = _ordered(keys[part], blocks[part])
+        best = ids[part]
+        np.minimum(ordered[0], ordered[1], out=best)
+        for row in ordered[2:]:
+            np.minimum(best, row, out=best)
+        later = np.flatnonzero(order[part] != 0)  # some 4 % of the entries
+        if len(later):
+            several = ordered[:, later]
+            wanted = order[part][later]
+            # Nearly all of them want the second: the smallest of what is larger than the first.
+            rest = np.where(several > best[later], several, _U32(0xFFFFFFFF)).min(0)
+            third = np.flatnonzero(wanted > 1)
+            if len(third):
+                places = wanted[third], np.arange(len(third))
+                rest[third] = np.sort(several[:, third], axis=0)[places]
+            best[later] = rest
+    ids &= _U32(7)
+    ids |= blocks << _U32(3)
+    return ids

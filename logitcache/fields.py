@@ -5,8 +5,8 @@
     entropy  (round(16 entropy) - 3 top1 / 4, rounded down) mod 256
     floor    level that the certain entries count down from, see ``codec`` (plain top-k only)
     G(T)     round(G / step + d) minus what earlier ones predict, d the position's dither, as a
-             sign-last number (0, -1, 1, -2, ... as 0, 1, 2, 3, ...), plus 1; 0 is minus infinity, an
-             empty tail. Low and high byte are a field each, the latter nearly always 0.
+             sign-last number (0, -1, 1, -2, ... as 0, 1, 2, 3, ...), plus 1; 0 is minus infinity,
+             an empty tail. Low and high byte are a field each, the latter nearly always 0.
 
 Error bounds: top-1 and gold as in ``levels``; entropy 1/32 nat up to 15.9 nats; G(1) half its step,
 and above T = 1 half a step of F (see encode_fields).

@@ -18,11 +18,12 @@ nats / 2 + nats^2 / 24 below it, down to the last level of the table (about -30 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
 LEVELS = 256
+_KEPT = 1 << 18  # of the dither
 _WEYL = 0x9E3779B9  # 2^32 divided by the golden ratio: its multiples fill [0, 2^32) evenly
 
 
@@ -71,7 +72,21 @@ def dither(count: int, start: int = 0) -> np.ndarray:
     What is rounded after adding one of them and decoded by taking it off again has an error that
     does not depend on the value: rounding adds variance to an estimate, and no bias.
     """
+    if start + count <= _KEPT:
+        return _kept()[start : start + count]
+    return _dither(start, count)
+
+
+def _dither(start: int, count: int) -> np.ndarray:
     index = np.arange(start, start + count, dtype=np.uint32)
-    return ((index * np.uint32(_WEYL)) >> np.uint32(8)).astype(np.float32) / np.float32(
-        1 << 24
-    ) - np.float32(0.5)
+    index *= np.uint32(_WEYL)
+    index >>= np.uint32(8)
+    return index.astype(np.float32) / np.float32(1 << 24) - np.float32(0.5)
+
+
+@cache
+def _kept() -> np.ndarray:
+    """The sequence's beginning, made once: as long as any usual row needs."""
+    kept = _dither(0, _KEPT)
+    kept.flags.writeable = False
+    return kept

@@ -303,10 +303,9 @@ def create_store(path: Path, manifest: Mapping[str, Any], tokenizer: Mapping[str
     write_atomic(path / "tokenizer.json", to_json(tokenizer))
     metadata = _metadata(store, "rows")
     root = metadata.pop("zarr.json")
-    for name, value in metadata.items():
-        write_durable(path, name, to_json(value).encode())
+    write_durable(path, {name: to_json(value).encode() for name, value in metadata.items()})
     _write_record(store.commit_path("store"), _creation(store, "rows"))
-    write_durable(path, "zarr.json", to_json(root).encode())
+    write_durable(path, {"zarr.json": to_json(root).encode()})
     return load_store(path)
 
 
@@ -318,8 +317,8 @@ def create_teacher(store: Store, name: str, attributes: Mapping[str, Any]) -> St
         shutil.rmtree(store.path / name)
     attributes = check_teacher(dict(attributes), name)
     made = Store(store.path, store.manifest, {**store.teachers, name: attributes})
-    for file, value in _metadata(made, name).items():
-        write_durable(store.path, file, to_json(value).encode())
+    texts = {file: to_json(value).encode() for file, value in _metadata(made, name).items()}
+    write_durable(store.path, texts)
     _write_record(made.commit_path(name), _creation(made, name))
     return load_store(store.path)
 
@@ -366,32 +365,30 @@ def pack_teacher(
         encode_row(support, attributes, store.manifest["temperatures"], rank_of_id, row)
         for row, support in enumerate(supports, start=start)
     ]
-    return {
-        array: pack_shard(
-            spec,
-            [list(encode_order(id_of_rank))] if array == "order" else [row[array] for row in rows],
-        )
+    content = {
+        array: pack_shard(spec, [list(row[array]) for row in rows])
         for array, spec in specs.items()
+        if array != "order"
     }
+    content["order"] = pack_shard(specs["order"], [list(encode_order(id_of_rank))])
+    return content
 
 
 def _commit(
     store: Store, part: str, shard: int, content: Mapping[str, bytes], summary: Mapping[str, Any]
 ) -> None:
-    """Make a shard's files durable, then its record. Whatever a killed writer left goes first."""
+    """Make a shard's files durable, then its record; an old one goes first."""
     store.commit_path(part, shard).unlink(missing_ok=True)
-    files = {}
-    for array, data in content.items():
-        spec = store.specs[part][array]
-        folder = store.path / spec.path / "c" / str(shard)
-        if folder.exists():
-            shutil.rmtree(folder)
-        write_durable(store.path, spec.shard_name(shard), data)
-        files[spec.shard_name(shard)] = {
+    named = {store.specs[part][array].shard_name(shard): data for array, data in content.items()}
+    write_durable(store.path, named)
+    files = {
+        name: {
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
             "index_crc32c": int.from_bytes(data[-4:], "little"),
         }
+        for name, data in named.items()
+    }
     record = {
         "part": part,
         "shard": shard,

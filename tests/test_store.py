@@ -125,7 +125,9 @@ def test_probabilities_are_within_their_quantisation_of_the_exact_ones(batch, ex
     # Steps of 1/24 in sqrt(p), of 1 nat below p = 1/144, of 3 nats for sampled entries; then the
     # sum is set to 1, which moves sqrt(p) by some 3 % at most here.
     error = np.abs(np.exp(found / 2) - np.exp(expected / 2))
-    assert (error[certain] <= 0.58 / 24 + 0.03 * np.exp(expected[certain] / 2)).all()
+    near_top = expected > expected.max(1, keepdims=True) - 1  # kept below the top-1 entry
+    bound = np.where(near_top, 1.08, 0.58) / 24 + 0.03 * np.exp(expected / 2)
+    assert (error[certain] <= bound[certain]).all()
     assert np.abs(found - expected)[sampled].max() <= 1.5 + 0.07
     root = np.abs(np.exp(teacher.top1_logp_P[at] / 2) - np.exp(kept.top1_logp_R.numpy() / 2))
     assert root.max() <= 0.5 / 128 + 0.03
@@ -298,7 +300,7 @@ def copied(tmp_path, built) -> Path:
 
 
 def shard_files(store: Path) -> list[Path]:
-    return sorted(path for path in store.rglob("*") if path.is_file() and "/c/" in path.as_posix())
+    return sorted(path for path in store.rglob("*") if path.is_file() and path.name.startswith("c."))
 
 
 def test_every_shard_file_is_committed_with_its_hash(built):
@@ -342,7 +344,7 @@ def test_a_damaged_shard_file_is_an_error_and_never_zeros(copied, damage):
 
 def test_any_flipped_byte_of_a_shard_is_noticed_or_changes_nothing(copied):
     """Chunks and the shard's index carry checksums; every byte belongs to one of them."""
-    path = copied / "teacher1" / "fields" / "c" / "0" / "0" / "0"
+    path = copied / "teacher1" / "fields" / "c.0.0.0"
     content = path.read_bytes()
     expected = open_store(copied)[:].teachers[0].gold_logp_P
     for at in np.random.default_rng(0).integers(0, len(content), 25).tolist() + [len(content) - 1]:
@@ -391,9 +393,9 @@ def test_a_store_of_a_newer_format_is_refused(copied, built):
 
 def test_what_is_damaged_is_built_again_to_the_same_bytes(copied, built):
     before = contents(copied)
-    (copied / "teacher1" / "certain" / "c" / "0" / "0" / "0").write_bytes(b"")
-    (copied / "teacher1" / "certain" / "c" / "0" / "0" / ".0.tmp").write_bytes(b"left by a kill")
-    (copied / "rows" / "tokens" / "c" / "0" / "0").unlink()
+    (copied / "teacher1" / "certain" / "c.0.0.0").write_bytes(b"")
+    (copied / "teacher1" / "certain" / ".c.0.0.0.tmp").write_bytes(b"left by a kill")
+    (copied / "rows" / "tokens" / "c.0.0").unlink()
     (copied / "commits" / "teacher2-000000.json").write_text("{")
     build(out=copied, **built.settings)
     assert contents(copied) == before
