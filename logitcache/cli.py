@@ -129,5 +129,60 @@ def info(options: Options, store: Path) -> None:
     options.result(document, render_info(document))
 
 
+@cli.command()
+@click.argument("store", type=Path)
+@common_options
+def verify(options: Options, store: Path) -> None:
+    """Check a store: every byte against the journal, every value against the format.
+
+    Exit code 4 if anything is damaged or missing, with its rows and documents.
+    """
+    from .info import describe_findings, render_findings
+    from .verify import verify_store
+
+    found, findings = verify_store(store)
+    document = describe_findings(store, found, findings)
+    options.result(document, render_findings(document))
+    if findings:
+        raise click.exceptions.Exit(4)
+
+
+@cli.command(cls=ManyFiles)
+@click.argument("store", type=Path)
+@click.option("--teacher1", type=Path, help="Model folder; that of the build unless given.")
+@click.option("--teacher2", type=Path, help="Model folder; that of the build unless given.")
+@click.option("--data", type=Path, multiple=True, help="Files; those of the build unless given.")
+@click.option("--config", type=Path, help="YAML or JSON file of settings.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
+@common_options
+def repair(
+    options: Options,
+    store: Path,
+    config: Path | None,
+    assignments: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Make again what is damaged or missing, with the teachers, and touch nothing else.
+
+    The settings are those of STORE.run.json, which build wrote beside the store.
+    """
+    from .config import read_settings
+    from .info import describe_findings
+    from .progress import BuildProgress
+    from .repair import repair as run_repair
+    from .repair import repair_settings
+
+    quiet_libraries()
+    settings = repair_settings(store, read_settings(config, assignments, flags))
+    with stop_on_signal() as stop, BuildProgress(options.quiet) as progress:
+        repaired, findings = run_repair(settings, report=progress, stop=stop)
+    document = describe_findings(store, repaired, findings)
+    shards = {(f.part, f.shard) for f in findings if f.shard is not None}
+    text = f"{store}: {len(findings)} problems repaired, {len(shards)} shards made again"
+    if not findings:
+        text = f"{store}: nothing is damaged; nothing was changed"
+    options.result({"repaired": document.pop("findings"), **document, "whole": True}, text)
+
+
 def main() -> None:
     run_group(cli, "logitcache")

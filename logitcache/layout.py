@@ -17,7 +17,13 @@ from .shards import ArraySpec
 
 FORMAT = 1
 TEACHERS = ("teacher1", "teacher2")
-ROW_ARRAYS = {"tokens": "uint32", "segments": "uint32", "loss_mask": "bool", "gold_mask": "bool"}
+ROW_ARRAYS = {
+    "tokens": "uint32",
+    "segments": "uint32",
+    "loss_mask": "bool",
+    "gold_mask": "bool",
+    "documents": "uint32",
+}
 SHARD_POSITIONS = 2**18
 MAX_VOCAB, MAX_SEQ_LEN = 1 << 20, 1 << 20
 _MAX_ROWS = 1 << 40

@@ -210,20 +210,23 @@ class StoreReader:
     def read_rows(self, index: np.ndarray) -> Rows:
         """The rows alone, without teachers."""
         length = int(self.manifest["seq_len"])
-        found: dict[str, list[np.ndarray]] = {name: [] for name in ROW_ARRAYS}
-        for row in map(int, index):
-            shard, within = divmod(row, self.manifest["shard_rows"])
-            with _named(self.store, "rows", row):
-                files, _ = self._shards.get("rows", shard)
-                for name, planes in found.items():
-                    planes.append(files[name].read(within, length)[0])
+        parts = {
+            name: [self.read_row_array(name, int(row)) for row in index] for name in ROW_ARRAYS
+        }
         empty = np.zeros((0, length))
         return Rows(
             *(
-                np.stack(found[name]) if found[name] else empty.astype(dtype)
+                np.stack(parts[name]) if parts[name] else empty.astype(dtype)
                 for name, dtype in ROW_ARRAYS.items()
             )
         )
+
+    def read_row_array(self, name: str, row: int) -> np.ndarray:
+        """One array of one row, [L]. StoreError if it is damaged."""
+        shard, within = divmod(row, self.manifest["shard_rows"])
+        with _named(self.store, "rows", row):
+            files, _ = self._shards.get("rows", shard)
+            return files[name].read(within, int(self.manifest["seq_len"]))[0]
 
     def read_support(self, name: str, row: int) -> Support:
         """One teacher on one row, decoded, not padded. StoreError if it is damaged."""

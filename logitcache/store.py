@@ -323,6 +323,25 @@ def create_teacher(store: Store, name: str, attributes: Mapping[str, Any]) -> St
     return load_store(store.path)
 
 
+def restore_metadata(
+    path: Path,
+    manifest: Mapping[str, Any],
+    teachers: Mapping[str, Mapping[str, Any]],
+    tokenizer: Mapping[str, Any],
+) -> Store:
+    """Write the metadata of a store and its teachers anew, and nothing else."""
+    store = Store(path, dict(manifest), {name: dict(a) for name, a in teachers.items()})
+    (path / "commits").mkdir(exist_ok=True)
+    write_atomic(path / "tokenizer.json", to_json(tokenizer))
+    for part in ("rows", *store.teachers):
+        texts = {name: to_json(value).encode() for name, value in _metadata(store, part).items()}
+        write_durable(path, texts)
+        _write_record(
+            store.commit_path("store" if part == "rows" else part), _creation(store, part)
+        )
+    return load_store(path)
+
+
 def write_rows(store: Store, rows: Rows, shard: int) -> None:
     """Write and commit one shard of rows; rows is the whole corpus."""
     start, stop = store.ranges[shard]

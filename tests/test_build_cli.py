@@ -94,7 +94,7 @@ def test_info_json_holds_what_is_promised(built):
     batch = reader[:]
     at = (batch.labels != -100).reshape(-1)
     for described, teacher in zip(info["teachers"], batch.teachers, strict=True):
-        data = [p for p in files if f"/{described['name']}/" in str(p) and "/c/" in str(p)]
+        data = [p for p in files if f"/{described['name']}/" in str(p)]
         size = sum(path.stat().st_size for path in data)
         assert described["bytes_per_token"] == pytest.approx(size / info["tokens"], abs=1e-3)
         support = (teacher.ids_PK[at] >= 0).sum(1).mean()

@@ -300,7 +300,9 @@ def copied(tmp_path, built) -> Path:
 
 
 def shard_files(store: Path) -> list[Path]:
-    return sorted(path for path in store.rglob("*") if path.is_file() and path.name.startswith("c."))
+    return sorted(
+        path for path in store.rglob("*") if path.is_file() and path.name.startswith("c.")
+    )
 
 
 def test_every_shard_file_is_committed_with_its_hash(built):
