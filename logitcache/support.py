@@ -34,6 +34,43 @@ class Support:
     fields: Fields
 
 
+def support_of(
+    captured: Mapping[str, np.ndarray],
+    at: np.ndarray,
+    seq_len: int,
+    attributes: Mapping[str, Any],
+) -> Support:
+    """One row from a capture of some of its positions, which are its tokens ``at``.
+
+    captured: ids, logp, inclusion, certain [P, K], tail [P, T], entropy, top1, gold [P]; entries
+    of a position by falling logp, ids -1 where it was skipped.
+    """
+    ids_PK, certain_PK, logp_PK = captured["ids"], captured["certain"], captured["logp"]
+
+    def entries(mask_PK: np.ndarray, flat_PK: np.ndarray | None) -> Entries:
+        count = np.zeros(seq_len, np.int64)
+        count[at] = mask_PK.sum(1)
+        flat = None if flat_PK is None else flat_PK[mask_PK]
+        return Entries(count, ids_PK[mask_PK].astype(np.uint32), logp_PK[mask_PK], flat)
+
+    def field(name: str, absent: float) -> np.ndarray:
+        values = captured[name]
+        whole = np.full((seq_len, *values.shape[1:]), absent, np.float32)
+        whole[at] = values
+        return whole
+
+    sampled = None
+    if attributes["estimator"] == "sampled":
+        # inclusion = max(p, p^S) / threshold: is p the larger?
+        ratio_PK = captured["inclusion"] * np.float32(attributes["threshold"])
+        flat_PK = ratio_PK <= np.exp(logp_PK) * np.float32(1 + 1e-5)
+        sampled = entries((ids_PK >= 0) & ~certain_PK, flat_PK)
+    fields = Fields(
+        field("tail", -np.inf), field("entropy", 0.0), field("top1", 0.0), field("gold", np.nan)
+    )
+    return Support(entries(certain_PK, None), sampled, fields)
+
+
 def encode_row(
     support: Support,
     attributes: Mapping[str, Any],
@@ -80,7 +117,8 @@ def decode_row(
     certain = decode_certain(
         planes["certain"], count_P, floor_P, fields.top1_P, id_of_rank, precision
     )
-    # F(1) is 0: take it off every logp, so that certain entries and tail add up to 1.
+    # F(1) is 0: take it off, so that certain entries and tail add up to 1. Sampled entries stay as
+    # they are: F(T) above 1 is stored for the exact values (see encode_fields), and so are they.
     one = temperatures.index(1.0)
     total_P = np.exp(fields.tail_PT[:, one])
     if len(certain.logp):
@@ -93,7 +131,6 @@ def decode_row(
         sampled_P = planes["count"][1].astype(np.int64)
         keys = _keys(attributes, row, len(count_P))
         sampled = decode_sampled(planes["sampled"], sampled_P, keys, len(id_of_rank), precision)
-        np.subtract(sampled.logp, np.repeat(shift_P, sampled_P), out=sampled.logp)
     inverse = np.float32(1) / np.asarray(temperatures, np.float32)
     np.subtract(fields.tail_PT, shift_P[:, None] * inverse, out=fields.tail_PT)
     top1_P = np.where(has, fields.top1_P - shift_P, np.float32(np.nan))

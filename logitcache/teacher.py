@@ -19,13 +19,11 @@ from .causal_lm import (
     hidden_states,
     load_causal_lm,
 )
-from .codec import Entries
 from .config import BuildConfig
 from .errors import NonFiniteError, StoreError, UsageError
-from .fields import Fields
 from .packing import Rows
 from .store import Store, write_teacher
-from .support import Support
+from .support import Support, support_of
 
 # Logits of one chunk: capture on a CPU is three times faster when its temporaries fit the cache.
 _CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
@@ -136,47 +134,14 @@ class TeacherRun:
         )
         totals["skipped"] += int((~kept).sum())
         return [
-            self._support(captured, at_row == number, at_token[at_row == number])
+            support_of(
+                {name: values[at_row == number] for name, values in captured.items()},
+                at_token[at_row == number],
+                seq_len,
+                self.store.teachers[self.name],
+            )
             for number in range(len(batch))
         ]
-
-    def _support(
-        self, captured: dict[str, np.ndarray], picked: np.ndarray, at: np.ndarray
-    ) -> Support:
-        """One row: the picked positions of a capture, which are its tokens ``at``."""
-        seq_len = self.config.seq_len
-        ids_PK, certain_PK = captured["ids"][picked], captured["certain"][picked]
-        logp_PK = captured["logp"][picked]
-
-        def entries(mask_PK: np.ndarray, flat_PK: np.ndarray | None) -> Entries:
-            count = np.zeros(seq_len, np.int64)
-            count[at] = mask_PK.sum(1)
-            flat = None if flat_PK is None else flat_PK[mask_PK]
-            return Entries(count, ids_PK[mask_PK].astype(np.uint32), logp_PK[mask_PK], flat)
-
-        def field(name: str, absent: float) -> np.ndarray:
-            values = captured[name][picked]
-            whole = np.full((seq_len, *values.shape[1:]), absent, np.float32)
-            whole[at] = values
-            return whole
-
-        sampled = None
-        attributes = self.store.teachers[self.name]
-        if attributes["estimator"] == "sampled":
-            # inclusion = max(p, p^S) / threshold: is p the larger?
-            inclusion_PK = captured["inclusion"][picked] * np.float32(attributes["threshold"])
-            flat_PK = inclusion_PK <= np.exp(logp_PK) * np.float32(1 + 1e-5)
-            sampled = entries((ids_PK >= 0) & ~certain_PK, flat_PK)
-        return Support(
-            entries(certain_PK, None),
-            sampled,
-            Fields(
-                field("tail", -np.inf),
-                field("entropy", 0.0),
-                field("top1", 0.0),
-                field("gold", np.nan),
-            ),
-        )
 
     def _capture(
         self, hidden_PD: torch.Tensor, labels_P: torch.Tensor, position_ids_P: torch.Tensor
@@ -193,7 +158,7 @@ class TeacherRun:
         for start in range(0, len(hidden_PD), chunk):
             rows = slice(start, start + chunk)
             parts.append(
-                _to_numpy(
+                to_numpy(
                     capture(
                         self.head.logits(hidden_PD[rows]),
                         labels_R=labels_P[rows].to(self.device),
@@ -246,7 +211,7 @@ class TeacherRun:
             )
 
 
-def _to_numpy(captured: Capture) -> dict[str, np.ndarray]:
+def to_numpy(captured: Capture) -> dict[str, np.ndarray]:
     """Move what the store keeps to the CPU, cut to the widest support."""
     width = max(int(captured.count_R.max()) if len(captured.count_R) else 1, 1)
     return {
