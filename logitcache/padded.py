@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .buffers import Buffers
 from .codec import dither_gain
 from .support import Support
 
@@ -98,16 +99,18 @@ def side_by_side(
     attributes: Mapping[str, Any],
     temperatures: tuple[float, ...],
     length: int,
+    buffers: Buffers | None = None,
 ) -> TeacherSupport:
     """Rows of ``length`` positions as one, as wide as the widest position."""
+    buffers = buffers or Buffers()
     totals = [s.certain.count_P + (0 if s.sampled is None else s.sampled.count_P) for s in supports]
     width = max([1, *(int(total.max(initial=0)) for total in totals)])
     shape = (len(supports) * length, width)
     sampled = attributes["estimator"] == "sampled"
-    ids_PK = np.full(shape, -1, np.int32)
-    logp_PK = np.full(shape, -np.inf, np.float32)
-    inclusion_PK = np.zeros(shape, np.float32) if sampled else None
-    flat_PK = np.zeros(shape, bool) if sampled else None
+    ids_PK = buffers.full(shape, -1, np.int32)
+    logp_PK = buffers.full(shape, -np.inf, np.float32)
+    inclusion_PK = buffers.full(shape, 0, np.float32) if sampled else None
+    flat_PK = buffers.full(shape, False, bool) if sampled else None
     for number, support in enumerate(supports):
         part = slice(number * length, (number + 1) * length)
         ids, logp = ids_PK[part].reshape(-1), logp_PK[part].reshape(-1)

@@ -1,7 +1,8 @@
 """Reading a store: ``open_store(path)`` gives a StoreReader, ``reader[rows]`` a TeacherBatch.
 
 Memory: a batch of P positions with K entries at most takes 13 P K bytes a teacher, decoding a row
-as much again; ``batches`` holds ``ahead + workers`` batches. Open shards take their index and the
+as much again, and the memory of batches that are gone is kept for the next (48 arrays at most);
+``batches`` holds ``ahead + workers`` batches. Open shards take their index and the
 frequency order each (some 0.3 MB), 64 of them at most.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from .buffers import Buffers
 from .codec import decode_order
 from .errors import StoreError
 from .layout import ROW_ARRAYS, TEACHERS
@@ -84,6 +86,7 @@ class StoreReader:
         self.manifest = store.manifest
         self.temperatures = tuple(float(t) for t in self.manifest["temperatures"])
         self._shards = _OpenShards(store)
+        self._buffers = Buffers()
 
     def __len__(self) -> int:
         return int(self.manifest["rows"])
@@ -104,6 +107,7 @@ class StoreReader:
                 self.store.teachers[name],
                 self.temperatures,
                 int(self.manifest["seq_len"]),
+                self._buffers,
             )
             for name in self.store.teachers
         )
