@@ -154,7 +154,7 @@ def test_a_flag_goes_before_set_before_the_file_before_the_default(command, tmp_
     assert result.exit_code == 0, result.output
     attributes = load_store(tmp_path / "store").teachers["teacher1"]
     assert (attributes["estimator"], attributes["top_k"], attributes["seed"]) == ("topk", 5, 8)
-    assert attributes["precision"] == "high"  # since min_prob is below 1e-3
+    assert attributes["precision"] == "standard"
     batch = open_store(tmp_path / "store")[:]
     assert (batch.teachers[0].ids_PK >= 0).sum(1).max() == 5
     assert batch.teachers[0].inclusion_PK is None
