@@ -66,7 +66,7 @@ PRECISIONS = {
     "high": Precision(LevelTable(1 / 100, 1 / 6, first=1), 0.5, 8, False),
 }
 # Plain top-k keeps many entries so small that a step of 2 nats does: 2.5 bytes less at k = 64.
-_FLOOR_TABLE = LevelTable(1 / 32, 2.0, first=1)
+_FLOOR_TABLE = LevelTable(1 / 35, 2.0, first=1)
 
 
 def has_floor(attributes: Mapping[str, Any]) -> bool:
