@@ -6,6 +6,7 @@ Shape suffixes: P probed positions, K entries, V vocabulary. KL is in nats.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Probe:
     tokens: np.ndarray
     logp_PV: torch.Tensor
 
-    @property
+    @cached_property
     def prior_V(self) -> torch.Tensor:
         """What stands for a tail's shape, the same for us and for the peers: the mean of
         min(p, 0.002)."""
