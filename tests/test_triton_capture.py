@@ -88,6 +88,30 @@ def test_ordinary_rows_need_no_second_sweep(estimator, monkeypatch):
     assert (found.count_R > 0).all()
 
 
+def test_a_clip_below_zero_under_a_top_above_it_matches_the_oracle():
+    """Their ordered bits are further apart than 32 bits can say."""
+    logits_RV = peaked_logits(4, 12000, torch.Generator().manual_seed(6), scale=3.0)
+    logits_RV -= logits_RV.topk(60).values[:, -1:]
+    check(logits_RV.bfloat16(), estimator="topk", top_k=40, min_prob=0.0)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "topk"])
+def test_rows_with_banned_tokens_need_no_fallback(estimator, monkeypatch):
+    """Minus infinity in the part of the row that is read without a mask."""
+    from logitcache_kernels import capture_triton as module
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(module, "capture_careful", Nothing())
+    logits_RV = peaked_logits(4, 12000, torch.Generator().manual_seed(6))
+    logits_RV[::2, 5:9000:7] = -torch.inf
+    min_prob = 0.005 if estimator == "sampled" else 0.0
+    found = check(logits_RV.bfloat16(), estimator=estimator, top_k=40, min_prob=min_prob)
+    assert (found.count_R > 0).all()
+
+
 @pytest.mark.parametrize("estimator", ["sampled", "topk"])
 def test_hard_rows_match_the_oracle(estimator):
     """One-hot, constant, two-level, sorted rows, minus infinities, a tail far below 1e-30."""

@@ -18,6 +18,7 @@ from .capture_parts_triton import (
     PENDING,
     drawn,
     inclusion_of,
+    least_of_groups,
     ordered,
     rank_of,
     row_keys,
@@ -37,7 +38,12 @@ def _inclusion_block(
     if SAMPLED:
         inclusion = inclusion_of(z - top, log_1, log_s, inverse_s, min_prob, threshold)
         inclusion = tl.where(ids == first, 1.0, inclusion)
-        keep = live & ((inclusion == 1.0) | drawn(key0, key1, ids, inclusion))
+        # A block is whole runs of 128 pieces of 8 ids, of which each 128 share their groups.
+        group = tl.min(ids, 0) // 4096 * 128 + tl.arange(0, 128)
+        least = least_of_groups(key0, group)[None, :, None]
+        RUNS: tl.constexpr = ids.shape[0] // 1024
+        least = tl.reshape(tl.broadcast_to(least, [RUNS, 128, 8]), [RUNS * 1024])
+        keep = live & ((inclusion == 1.0) | drawn(key1, ids, least, inclusion))
     else:
         keep = live & ((tl.exp((z - top) - log_1) >= min_prob) | (ids == first))
         inclusion = tl.where(keep, 1.0, 0.0)
@@ -55,7 +61,7 @@ def capture_careful(
 ):  # fmt: skip
     """Do the rows whose count is PENDING. Scratch per program: WIDTH keys and inclusions."""
     program = tl.program_id(0)
-    key_ptr += program * WIDTH
+    key_ptr += program * (WIDTH + 8)
     chosen_ptr += program * WIDTH
     lane = tl.arange(0, BLOCK)
     t_lane = tl.arange(0, T_WIDTH)
@@ -197,11 +203,13 @@ def capture_careful(
                 tl.store(tail_ptr + row * num_temperatures + t_lane, partition, mask=t_live)
                 tl.store(entropy_ptr + row, log_1 - tl.sum(h_sum, 0) / e_total)
                 tl.store(top1_ptr + row, -log_1)
+                tl.store(key_ptr + chosen + tl.arange(0, 8), NO_KEY)
+                tl.debug_barrier()
                 store_gold(z_row, label_ptr, gold_ptr, row, num_tokens, top, log_1, HAS_LABELS)
                 slots = tl.arange(0, WIDTH)
                 keys = tl.load(key_ptr + slots, mask=slots < chosen, other=NO_KEY)
                 inclusions = tl.load(chosen_ptr + slots, mask=slots < chosen, other=0.0)
-                rank = rank_of(key_ptr, keys, chosen, 16)
+                rank = rank_of(key_ptr, keys, chosen)
                 store_padding(ids_ptr, logp_ptr, inclusion_ptr, row, chosen, K, WIDTH)
                 store_ranked(ids_ptr, logp_ptr, inclusion_ptr, row, keys, rank, inclusions, K)
                 tl.store(count_ptr + row, kept if SAMPLED else chosen)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .uniform import KEY1_SALT, LOW_STEP, PAIR_STEP
+from .uniform import GROUP_STEP, ID_STEP, KEY1_SALT
 
-PAIR_STEP_C = tl.constexpr(PAIR_STEP)
-LOW_STEP_C = tl.constexpr(LOW_STEP)
+GROUP_STEP_C = tl.constexpr(GROUP_STEP)
+ID_STEP_C = tl.constexpr(ID_STEP)
 KEY1_SALT_C = tl.constexpr(KEY1_SALT)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -30,7 +30,7 @@ def mix(x):
 
 @triton.jit
 def row_keys(start, position):
-    """Give both keys of a position; start is mix(mix(seed_low ^ PAIR_STEP) ^ seed_high)."""
+    """Give both keys of a position; start is mix(mix(seed_low ^ GROUP_STEP) ^ seed_high)."""
     low = (position & 0xFFFFFFFF).to(tl.uint32)
     high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
     key0 = mix(mix(start.to(tl.uint32) ^ low) ^ high)
@@ -38,19 +38,48 @@ def row_keys(start, position):
 
 
 @triton.jit
-def pair_words(key0, pair):
-    """Give the word whose halves are the high bits of ids 2 * pair and 2 * pair + 1."""
-    return mix(key0 + pair.to(tl.uint32) * tl.full((), PAIR_STEP_C, tl.uint32))
+def group_of(ids):
+    """Give the number of the group of 32 that each id is in."""
+    return (ids >> 12) * 128 + ((ids >> 3) & 127)
 
 
 @triton.jit
-def drawn(key0, key1, ids, inclusion):
-    """Say which ids have a uniform number below their inclusion, in the oracle's arithmetic."""
-    word = pair_words(key0, ids >> 1)
-    high = tl.where((ids & 1) == 1, word >> 16, word & 0xFFFF)
-    low = mix(key1 + ids.to(tl.uint32) * tl.full((), LOW_STEP_C, tl.uint32)) >> 16
-    uniform = ((high << 16) | low).to(tl.float64) + 0.5
-    return uniform < inclusion.to(tl.float64) * 4294967296.0
+def group_words(key0, group):
+    """Give the word that a group's least number is made of."""
+    return mix(key0 + group.to(tl.uint32) * tl.full((), GROUP_STEP_C, tl.uint32))
+
+
+@triton.jit
+def least_of_groups(key0, group):
+    """Give the least number of each group, ``uniform.least_of_groups``, as int64."""
+    root = 1.0 - (group_words(key0, group).to(tl.float64) + 0.5) * 2.0**-32
+    for _ in tl.static_range(5):
+        root = tl.sqrt(root)
+    return ((1.0 - root) * 4294967296.0).to(tl.int64)
+
+
+@triton.jit
+def least_bound(key0, ids):
+    """Give a bound from below, without roots, of the least number of the group of each id.
+
+    1 - (1 - x)^(1/32) is at least x / 32.
+    """
+    return (group_words(key0, group_of(ids)) >> 5).to(tl.int64)
+
+
+@triton.jit
+def drawn(key1, ids, least, inclusion):
+    """Say which ids have a number below their inclusion; least: that of each one's group.
+
+    A bound from below of ``least`` gives one of the number: then it says which may be drawn.
+    """
+    step = tl.full((), ID_STEP_C, tl.uint32)
+    holder = mix(key1 - (group_of(ids) + 1).to(tl.uint32) * step) >> 27
+    member = ((ids >> 10) & 3) * 8 + (ids & 7)
+    above = (mix(key1 + ids.to(tl.uint32) * step) >> 1).to(tl.int64)
+    above = ((4294967295 - least) * above) >> 31
+    number = tl.where(member == holder.to(tl.int32), least, least + 1 + above)
+    return number.to(tl.float64) + 0.5 < inclusion.to(tl.float64) * 4294967296.0
 
 
 @triton.jit
@@ -58,18 +87,6 @@ def ordered(x):
     """Map fp32 to int32 so that the order stays."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
-
-
-@triton.jit
-def powers(y):
-    """Give u^3, u^4, u^6, u^8, u^12, u^24 of u = 2^y: temperatures 4, 3, 2, 1.5, 1, 0.5."""
-    u = tl.exp2(y)
-    u2 = u * u
-    u3 = u2 * u
-    u4 = u2 * u2
-    u6 = u3 * u3
-    u12 = u6 * u6
-    return u3, u4, u6, u4 * u4, u12, u12 * u12
 
 
 @triton.jit
@@ -91,13 +108,16 @@ def sort_key(logp, ids):
 
 
 @triton.jit
-def rank_of(key_ptr, keys, num_keys, BLOCK: tl.constexpr):
-    """Count, for each of keys, the stored keys above it: its place in falling order."""
+def rank_of(key_ptr, keys, num_keys):
+    """Count, for each of keys, the stored keys above it: its place in falling order.
+
+    Eight places behind the stored keys hold NO_KEY.
+    """
     rank = tl.zeros_like(keys).to(tl.int32)
-    for first in range(0, num_keys, BLOCK):
-        other = first + tl.arange(0, BLOCK)
-        others = tl.load(key_ptr + other, mask=other < num_keys, other=NO_KEY)
-        rank += tl.sum((others[:, None] > keys[None, :]).to(tl.int32), 0)
+    for first in range(0, num_keys, 8):
+        for i in tl.static_range(8):
+            other = tl.load(key_ptr + first + i)
+            rank += (other > keys).to(tl.int32)
     return rank
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from .types import Capture
-from .uniform import high_bits, low_bits, row_keys
+from .uniform import group_of, least_of_groups, numbers, row_keys
 
 # Entries per position of the sampled estimator; its defaults stay below 245 (5 sigma).
 MAX_KEPT = 256
@@ -31,13 +31,15 @@ def _sampled_keep(
     inclusion_RV: torch.Tensor, certain_RV: torch.Tensor, seed: int, position_ids_R: torch.Tensor
 ) -> torch.Tensor:
     """Mask of certain entries and of those whose uniform number is below their inclusion."""
-    num_tokens = inclusion_RV.shape[1]
     key0_R, key1_R = row_keys(seed, position_ids_R)
-    high_RV = high_bits(key0_R, num_tokens)
-    # u = (high * 2^16 + low + 1/2) / 2^32 < inclusion; most ids are decided by the high half alone.
-    maybe_RV = (high_RV <= inclusion_RV * 65536.0) & ~certain_RV
+    ids_V = torch.arange(inclusion_RV.shape[1], device=inclusion_RV.device)
+    group_V = group_of(ids_V)
+    groups = torch.arange(int(group_V[-1]) + 128, device=ids_V.device)
+    least_RG = least_of_groups(key0_R[:, None], groups)
+    # u = (number + 1/2) / 2^32 < inclusion; most ids are decided by the least of their group.
+    maybe_RV = (least_RG.float()[:, group_V] <= inclusion_RV * 4294967296.0 + 1024) & ~certain_RV
     rows, ids = maybe_RV.nonzero(as_tuple=True)
-    uniform = high_RV[rows, ids].double() * 65536.0 + low_bits(key1_R[rows], ids).double() + 0.5
+    uniform = numbers(key1_R[rows], ids, least_RG[rows, group_V[ids]]).double() + 0.5
     drawn = uniform < inclusion_RV[rows, ids].double() * 4294967296.0
     keep_RV = certain_RV.clone()
     keep_RV[rows, ids] = drawn

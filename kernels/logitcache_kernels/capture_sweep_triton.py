@@ -1,8 +1,8 @@
 """The one pass over memory of ``capture_triton``, where the mathematics stand.
 
-One program per row: a clip point from a sample of its logits, then sums of powers and the few
-logits above it. All that a thread adds up stays in its registers until the row ends; nothing moves
-between threads in the loop.
+A clip point from a sample of the row's logits, then sums of powers, a bit for each group of 8 with
+a logit above it, and a score for each group of 32 (``uniform``). All that a thread adds up stays in
+its registers until the row ends; nothing moves between threads in the loop.
 """
 
 from __future__ import annotations
@@ -10,163 +10,188 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .capture_parts_triton import LOG2E, LOWEST, pair_words, powers, row_keys
+from .capture_parts_triton import LOG2E, LOWEST, group_words, row_keys
 
-SUMS = tl.constexpr(
-    16
-)  # floats a row hands on: six sums, h, the largest, the clip point, whether sound
+# A tile is TURNS runs of LANES pieces of VECTOR logits; a lane's share of it is a group of
+# ``uniform``, which fixes these numbers.
+TURNS, LANES, VECTOR = tl.constexpr(4), tl.constexpr(128), tl.constexpr(8)
+TILE = tl.constexpr(4096)
+# Tiles whose bits, one for each turn of a lane, fill a word. (In the code the literal 8: where the
+# interpreter counts tiles in plain numbers, they know no constexpr.)
+TILES_PER_WORD = tl.constexpr(8)
+# Floats a row hands on: a24, a12, a8, a6, a4, a3, h, the clip point (infinity: not sound).
+SUMS = tl.constexpr(8)
 
 
 @triton.jit
-def _per_lane(x, TURNS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Sum what one thread holds: no data moves between threads."""
-    return tl.sum(tl.sum(tl.reshape(x, [TURNS, LANES, VECTOR]), 2), 0)
-
-
-@triton.jit
-def _least_half(low, high, word, PACKED: tl.constexpr):
-    """Take the lesser of both halves: one packed instruction, or two and a mask."""
-    if PACKED:
-        low = tl.inline_asm_elementwise(
-            "min.u16x2 $0, $1, $2;", "=r,r,r", [low, word], dtype=tl.uint32, is_pure=True, pack=1
+def _product_to_one(x, y, COMPILED: tl.constexpr):
+    """Give the lesser of x y and 1, in one instruction (0 for NaN)."""
+    if COMPILED:
+        product = tl.inline_asm_elementwise(
+            "mul.sat.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        low = tl.minimum(low, word & 0xFFFF)
-        high = tl.minimum(high, word)
-    return low, high
+        product = tl.minimum(x * y, 1.0)
+    return product
 
 
 @triton.jit
-def _score(
-    group, first, key0, clip, slope,
-    VECTOR: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Bound, for each group of VECTOR ids from ``first``, log2 of inclusion over uniform."""
-    word = pair_words(key0, first)
-    low, high = word, word
-    if not PACKED:
-        low = word & 0xFFFF
-    for i in tl.static_range(1, VECTOR // 2):
-        low, high = _least_half(low, high, pair_words(key0, first + i), PACKED)
-    if PACKED:
-        high = low
-        low = low & 0xFFFF
-    least = tl.minimum(low, high >> 16).to(tl.int32).to(tl.float32)
-    # A half of 0 stands for uniforms down to 2^-33: 2^-17 of a unit of the half. The bits of a
-    # float, read as a number, are its log2 from below (by at most 0.09): the score is bounded from
-    # above.
-    bits = tl.maximum(least, 2.0**-17).to(tl.int32, bitcast=True)
-    return (group - clip) * slope - tl.fma(bits.to(tl.float32), 2.0**-23, -127.0)
+def _log2(x, COMPILED: tl.constexpr):
+    """Give log2 in one instruction; ``tl.log2`` is a polynomial."""
+    if COMPILED:
+        log = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        log = tl.log2(x)
+    return log
 
 
 @triton.jit
-def _tile(
-    z, first, clip, key0, a3, a4, a6, a8, a12, a24, h, peak, score, slope, group_ptr, listed_ptr,
-    SAMPLED: tl.constexpr, TURNS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    PACKED: tl.constexpr, GROUP_CAP: tl.constexpr,
+def _as_lanes(z, COMPILED: tl.constexpr):
+    """Give a tile as fp32, [LANES, TURNS * VECTOR]: a row is what one thread holds."""
+    if COMPILED and z.dtype == tl.bfloat16:
+        # One instruction for each half of a word; the compiler's conversion takes three for two.
+        z = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [z],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        z = z.to(tl.float32)
+    z = tl.permute(tl.reshape(z, [TURNS, LANES, VECTOR]), [1, 0, 2])
+    return tl.reshape(z, [LANES, TURNS * VECTOR])
+
+
+@triton.jit
+def _add_tile(z, clip, a24, a12, a8, a6, a4, a3, h, COMPILED: tl.constexpr):
+    """Add a tile to what each lane holds; also give its own sum of u^24 and its four bits."""
+    y = tl.fma(z, LOG2E / 12, clip * (-LOG2E / 12))
+    u = tl.exp2(y)
+    u2 = _product_to_one(u, u, COMPILED)
+    u3 = _product_to_one(u2, u, COMPILED)
+    u6 = u3 * u3
+    u12 = u6 * u6
+    # A logit above the clip gives 1, but for rounding; a sum from below it may reach that too.
+    eight = tl.sum(tl.reshape(u12 * u12, [LANES, TURNS, VECTOR]), 2)
+    bit = tl.broadcast_to((1 << tl.arange(0, TURNS))[None, :], [LANES, TURNS])
+    bits = tl.sum(tl.where(eight > 0.999, bit, 0), 1)
+    best = tl.sum(eight, 1)
+    a24 += best
+    a12 += tl.sum(u12, 1)
+    a8 += tl.sum(u6 * u2, 1)
+    a6 += tl.sum(u6, 1)
+    a4 += tl.sum(u2 * u2, 1)
+    a3 += tl.sum(u3, 1)
+    h += tl.sum(u12 * y, 1)
+    return a24, a12, a8, a6, a4, a3, h, best, bits
+
+
+@triton.jit
+def _mark_tile(
+    bits_ptr, score_ptr, key0, tile, word, bits, best,
+    SAMPLED: tl.constexpr, INVERSE_S: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """Add TURNS * VECTOR logits of each lane, from id ``first`` on, to what it holds."""
-    # NaN stays NaN in the clip, so that it shows in the sums.
-    clipped = tl.minimum(z, clip, propagate_nan=tl.PropagateNan.ALL)
-    y = tl.fma(clipped, LOG2E / 12, clip * (-LOG2E / 12))
-    u3, u4, u6, u8, u12, u24 = powers(y)
-    a3 += _per_lane(u3, TURNS, LANES, VECTOR)
-    a4 += _per_lane(u4, TURNS, LANES, VECTOR)
-    a6 += _per_lane(u6, TURNS, LANES, VECTOR)
-    a8 += _per_lane(u8, TURNS, LANES, VECTOR)
-    a12 += _per_lane(u12, TURNS, LANES, VECTOR)
-    a24 += _per_lane(u24, TURNS, LANES, VECTOR)
-    h += _per_lane(u12 * y, TURNS, LANES, VECTOR)
-    group = tl.max(tl.reshape(z, [TURNS, LANES, VECTOR]), 2)
-    peak = tl.maximum(peak, tl.max(group, 0))
-    place = tl.arange(0, TURNS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    # Groups with a logit above the clip: some hundred a row, in an order that no result depends on.
-    over = group > clip
-    slot = tl.atomic_add(listed_ptr + place * 0, 1, mask=over, sem="relaxed")
-    tl.store(group_ptr + slot, first + place * VECTOR, mask=over & (slot < GROUP_CAP))
+    """Put a tile's bits into the word; write it where it is full, and the scores."""
+    lanes = tl.arange(0, LANES)
     if SAMPLED:
-        pair = first // 2 + place * (VECTOR // 2)
-        score = tl.maximum(score, tl.max(_score(group, pair, key0, clip, slope, VECTOR, PACKED), 0))
-    return a3, a4, a6, a8, a12, a24, h, peak, score
+        # log2 exp((z - c) / S) / U is at most this for any member: its u^24 is at most their sum,
+        # its U at least 1 / 32 of the word's.
+        least = (group_words(key0, lanes + tile * LANES) >> 5).to(tl.int32).to(tl.float32) + 0.5
+        best = tl.maximum(best, 2.0**-126)
+        score = _log2(best, COMPILED) * (INVERSE_S / 2) + (32.0 - _log2(least, COMPILED))
+        tl.store(score_ptr + lanes + tile * LANES, score.to(tl.bfloat16))
+    within = tile % 8
+    word |= bits << (within * TURNS)
+    if within == 7:
+        tl.store(bits_ptr + tile // 8 * LANES + lanes, word)
+        word = tl.zeros([LANES], tl.int32)
+    return word
+
+
+@triton.jit
+def _clip_point(
+    z_row, num_tokens, clip_rank, sample_step, SAMPLE: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
+    """Give the largest but clip_rank - 1 of the maxima of GROUPS groups of a sample.
+
+    Runs of 1024 from all over the row: the first ids of a tokenizer are its commonest tokens.
+    """
+    sample = tl.arange(0, SAMPLE)
+    sample = (sample // 1024) * sample_step + sample % 1024
+    z = tl.load(z_row + sample, mask=sample < num_tokens, other=float("-inf"))
+    maxima = tl.max(tl.reshape(z.to(tl.float32), [SAMPLE // GROUPS, GROUPS]), 0)
+    larger = tl.sum((maxima[:, None] > maxima[None, :]).to(tl.int32), 0)
+    return tl.min(tl.where(larger < clip_rank, maxima, float("inf")), 0)
 
 
 @triton.jit(do_not_specialize=["start", "clip_rank"])
 def capture_sweep(
-    z_ptr, stride, position_ptr, sums_ptr, group_ptr, listed_ptr, score_ptr,
-    num_tokens, num_segments, start, clip_rank, sample_step,
-    SAMPLED: tl.constexpr, INVERSE_S: tl.constexpr,
-    TURNS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    SAMPLE: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr,
-    GROUP_CAP: tl.constexpr,
+    z_ptr, stride, position_ptr, sums_ptr, bits_ptr, score_ptr,
+    num_tokens, num_words, num_segments, start, clip_rank, sample_step,
+    SAMPLED: tl.constexpr, INVERSE_S: tl.constexpr, SAMPLE: tl.constexpr, GROUPS: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """Write a row's sums, its groups above the clip and its segments' scores.
-
-    A segment is PARTS * TURNS pieces of VECTOR logits, LANES * VECTOR apart: what one lane reads.
-    """
-    PART: tl.constexpr = TURNS * LANES * VECTOR
-    BLOCK: tl.constexpr = PARTS * PART
+    """Write a row's sums, bits and scores."""
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * stride
-    group_ptr += row * GROUP_CAP
-    listed_ptr += row
-    tl.store(listed_ptr, 0)
-    tl.debug_barrier()
-    lanes = tl.arange(0, LANES)
+    sums_ptr += row * SUMS
+    bits_ptr += row * num_words
+    score_ptr += row * num_segments
     key0, _ = row_keys(start, tl.load(position_ptr + row))
-    # The clip point: the largest but clip_rank - 1 of the maxima of GROUPS groups of a sample,
-    # runs of 1024 from all over the row (the first ids of a tokenizer are its commonest tokens).
-    sample = tl.arange(0, SAMPLE)
-    sample = (sample // 1024) * sample_step + sample % 1024
-    sample_z = tl.load(z_row + sample, mask=sample < num_tokens, other=float("-inf"))
-    maxima = tl.max(tl.reshape(sample_z.to(tl.float32), [SAMPLE // GROUPS, GROUPS]), 0)
-    larger = tl.sum((maxima[:, None] > maxima[None, :]).to(tl.int32), 0)
-    clip = tl.min(tl.where(larger < clip_rank, maxima, float("inf")), 0)
+    clip = _clip_point(z_row, num_tokens, clip_rank, sample_step, SAMPLE, GROUPS)
     sound = tl.abs(clip) < 1e5
     clip = tl.where(sound, clip, 0.0)
-    a3 = tl.zeros([LANES], tl.float32)
-    a4 = tl.zeros([LANES], tl.float32)
-    a6 = tl.zeros([LANES], tl.float32)
-    a8 = tl.zeros([LANES], tl.float32)
-    a12 = tl.zeros([LANES], tl.float32)
-    a24 = tl.zeros([LANES], tl.float32)
-    h = tl.zeros([LANES], tl.float32)
-    peak = tl.full([LANES], LOWEST, tl.float32)
-    offset = tl.arange(0, PART)
-    whole = num_tokens // BLOCK
-    for tile in range(whole):
-        score = tl.full([LANES], LOWEST, tl.float32)
-        for part in range(PARTS):
-            first = tile * BLOCK + part * PART
-            z = tl.load(z_row + first + offset).to(tl.float32)
-            a3, a4, a6, a8, a12, a24, h, peak, score = _tile(
-                z, first, clip, key0, a3, a4, a6, a8, a12, a24, h, peak, score,
-                INVERSE_S * LOG2E, group_ptr, listed_ptr,
-                SAMPLED, TURNS, LANES, VECTOR, PACKED, GROUP_CAP,
-            )  # fmt: skip
-        if SAMPLED:
-            tl.store(score_ptr + row * num_segments + tile * LANES + lanes, score)
-    if whole * BLOCK < num_tokens:
-        score = tl.full([LANES], LOWEST, tl.float32)
-        for part in range(PARTS):
-            first = whole * BLOCK + part * PART
-            live = first + offset < num_tokens
-            z = tl.load(z_row + first + offset, mask=live, other=0.0).to(tl.float32)
-            a3, a4, a6, a8, a12, a24, h, peak, score = _tile(
-                tl.where(live, z, LOWEST), first, clip, key0,
-                a3, a4, a6, a8, a12, a24, h, peak, score,
-                INVERSE_S * LOG2E, group_ptr, listed_ptr,
-                SAMPLED, TURNS, LANES, VECTOR, PACKED, GROUP_CAP,
-            )  # fmt: skip
-        if SAMPLED:
-            tl.store(score_ptr + row * num_segments + whole * LANES + lanes, score)
-    sums_ptr += row * SUMS
-    tl.store(sums_ptr, tl.sum(a3, 0))
-    tl.store(sums_ptr + 1, tl.sum(a4, 0))
-    tl.store(sums_ptr + 2, tl.sum(a6, 0))
-    tl.store(sums_ptr + 3, tl.sum(a8, 0))
-    tl.store(sums_ptr + 4, tl.sum(a12, 0))
-    tl.store(sums_ptr + 5, tl.sum(a24, 0))
+    lanes = tl.arange(0, LANES)
+    zero = tl.zeros([LANES], tl.float32)
+    a24, a12, a8, a6, a4, a3, h = zero, zero, zero, zero, zero, zero, zero
+    word = tl.zeros([LANES], tl.int32)
+    offset = tl.arange(0, TILE)
+    tiles = tl.cdiv(num_tokens, TILE)
+    first = num_tokens // TILE // 2 * 2
+    for tile in range(0, first, 2):
+        # Both loads before the arithmetic: the second is on its way meanwhile.
+        z = tl.load(z_row + tile * TILE + offset)
+        z_next = tl.load(z_row + tile * TILE + TILE + offset)
+        a24, a12, a8, a6, a4, a3, h, best, bits = _add_tile(
+            _as_lanes(z, COMPILED), clip, a24, a12, a8, a6, a4, a3, h, COMPILED
+        )
+        word = _mark_tile(
+            bits_ptr, score_ptr, key0, tile, word, bits, best, SAMPLED, INVERSE_S, COMPILED
+        )
+        a24, a12, a8, a6, a4, a3, h, best, bits = _add_tile(
+            _as_lanes(z_next, COMPILED), clip, a24, a12, a8, a6, a4, a3, h, COMPILED
+        )
+        word = _mark_tile(
+            bits_ptr, score_ptr, key0, tile + 1, word, bits, best, SAMPLED, INVERSE_S, COMPILED
+        )
+    # The rest, with minus infinity made finite; and where h says that there was one before it (or
+    # a NaN, which stays), the row again.
+    again = True
+    while again:
+        for tile in range(first, tiles):
+            live = tile * TILE + offset < num_tokens
+            z = tl.load(z_row + tile * TILE + offset, mask=live, other=float("-inf"))
+            z = _as_lanes(z, COMPILED)
+            z = tl.where(z == float("-inf"), LOWEST, z)
+            a24, a12, a8, a6, a4, a3, h, best, bits = _add_tile(
+                z, clip, a24, a12, a8, a6, a4, a3, h, COMPILED
+            )
+            word = _mark_tile(
+                bits_ptr, score_ptr, key0, tile, word, bits, best, SAMPLED, INVERSE_S, COMPILED
+            )
+        h_total = tl.sum(h, 0)
+        again = (h_total != h_total) & (first > 0)
+        if again:
+            first = 0
+            a24, a12, a8, a6, a4, a3, h = zero, zero, zero, zero, zero, zero, zero
+            word = tl.zeros([LANES], tl.int32)
+    if tiles % 8 != 0:
+        tl.store(bits_ptr + tiles // 8 * LANES + lanes, word)
+    tl.store(sums_ptr, tl.sum(a24, 0))
+    tl.store(sums_ptr + 1, tl.sum(a12, 0))
+    tl.store(sums_ptr + 2, tl.sum(a8, 0))
+    tl.store(sums_ptr + 3, tl.sum(a6, 0))
+    tl.store(sums_ptr + 4, tl.sum(a4, 0))
+    tl.store(sums_ptr + 5, tl.sum(a3, 0))
     tl.store(sums_ptr + 6, tl.sum(h, 0))
-    tl.store(sums_ptr + 7, tl.max(peak, 0))
-    tl.store(sums_ptr + 8, clip)
-    tl.store(sums_ptr + 9, sound.to(tl.float32))
+    tl.store(sums_ptr + 7, tl.where(sound, clip, float("inf")))

@@ -1,39 +1,45 @@
 """Capture on a GPU: one read of the logits, R x V values of 2 or 4 bytes, and little else.
 
-Bytes per row: V * itemsize read, K * 12 + 44 written. Between the two kernels go some hundred
-group numbers (4 bytes each) and, for "sampled", V / 32 scores of 2 bytes, written once and read
-once.
+Bytes per row: V * itemsize read, K * 12 + 44 written. Between the two kernels go a bit for every 8
+logits and, for "sampled", a score of 2 bytes for every 32, written once and read once.
 
 Mathematics. Let z be a row's logits. All sums are taken over logits *clipped* at c, a value that
 one or two hundred logits of the row exceed (chosen among the maxima of 64 groups of a sample).
-With u = exp((min(z, c) - c) / 12), one exponential, for T = 0.5, 1, 1.5, 2, 3, 4
+With y = log2(e) (z - c) / 12 and u = 2^y, one exponential, for T = 0.5, 1, 1.5, 2, 3, 4
 
-    A_T = sum_v exp((min(z_v, c) - c) / T) = sum u^24, u^12, u^8, u^6, u^4, u^3
-    h   = sum_v u^12 log u^12
+    A_T = sum_v exp((min(z_v, c) - c) / T) = sum min(u, 1)^(24, 12, 8, 6, 4, 3)
+    h   = sum_v min(u, 1)^12 y
 
-can neither overflow nor need a rescale. Each of the n logits above c adds exactly 1 to A_T. They
-are read again one by one, which gives, with m the largest logit,
+can neither overflow nor need a rescale. The clip costs nothing: it is the saturation of the
+products min(u u, 1) and min(u u^2, 1), from which the others follow. Each of the n logits above c
+adds exactly 1 to A_T and its y to h. They are read again one by one, which gives, with m the
+largest logit,
 
     Z_T  = sum_{z > c} e^{(z - m) / T} + e^{(c - m) / T} (A_T - n),        lse_T = m / T + log Z_T
-    H    = log Z_1 - (1 / Z_1) [sum_{z > c} e^{z - m} (z - m) + e^{c - m} ((A_1 - n)(c - m) + h)]
+    H    = log Z_1 - (1 / Z_1) [sum_{z > c} e^{z - m} (z - m) + e^{c - m} ((A_1 - n)(c - m) + h')]
+           with h' = 12 log(2) (h - sum_{z > c} y)
     G(T) = (c - lse_1) / T + log(A_T - n + in - out)
     in   = sum_{z > c, not certain} e^{(z - c) / T},    out = sum_{z <= c, certain} e^{(z - c) / T}
 
 The large entries are 1 in the sums whatever their size, so a tail of 1e-9 beside a top of 1 loses
 no digits to them. Where it still would lose two (the tail under 1 % of A_T), and wherever else a
-row does not fit (NaN, infinities, a list that overflows), it is left to ``capture_careful``, which
-subtracts nothing and takes as many sweeps as it needs.
+row does not fit (NaN, infinity, a list that overflows), it is left to ``capture_careful``, which
+subtracts nothing and takes as many sweeps as it needs. Minus infinity makes h NaN, and the row is
+swept again with such logits made finite.
 
-Finding what to list. Each group of 8 logits that a thread reads at once has its maximum compared
-with c; the few above are noted with an atomic counter. Their order may change from run to run:
-what is summed over them is summed in integers, and what is written is ranked.
+Finding what to list. A group of 8 neighbours, which a thread reads at once, holds a logit above c
+only if its sum of u^24, a part of A_0.5, reaches 1: one comparison for 8 logits, one bit.
 
 "sampled": an entry is kept if its uniform number U < r(v) / threshold, r = max(p, p^S), but the
-partition functions are known only at the end of the row. So each group is scored by an upper bound
-of log2 exp((z - c) / S) / U over its ids, from the largest z and the smallest U in it, and each
-segment of 32 ids keeps its best score. Below c, r(z) <= max(p(c), p^S(c)) exp((z - c) / S): a
-segment can hold a kept entry only if its score reaches log2(threshold / max(p(c), p^S(c))). Every
-entry of such a segment is then tested in the oracle's own arithmetic.
+partition functions are known only at the end of the row. ``uniform`` gives groups of 32 ids a
+least number M that takes one word; so each group, which is what a lane adds up in a tile, is scored
+by an upper bound of log2 exp((z - c) / S) / U over its ids,
+
+    log2(sum u^24) / (2 S) - log2 M,        max u^(12 / S) <= (sum u^24)^(1 / (2 S)).
+
+Below c, r(z) <= max(p(c), p^S(c)) exp((z - c) / S): a group can hold a kept entry only if its score
+reaches log2(threshold / max(p(c), p^S(c))). Of such groups the ids whose inclusion exceeds M are
+listed, and tested in the oracle's own arithmetic.
 """
 
 from __future__ import annotations
@@ -49,14 +55,13 @@ from .capture_careful_triton import capture_careful
 from .capture_finish_triton import capture_finish
 from .capture_parts_triton import PENDING
 from .capture_reference import MAX_KEPT
-from .capture_sweep_triton import SUMS, capture_sweep
+from .capture_sweep_triton import LANES, SUMS, TILE, TILES_PER_WORD, capture_sweep
 from .types import TEMPERATURES, Capture
-from .uniform import PAIR_STEP
+from .uniform import GROUP_STEP
 
 _SWEEP_S = (1.0, 1.5, 2.0, 3.0, 4.0)  # sample temperatures whose sum the sweep has anyway
 _SAMPLE_LEAST, _RUN, _GROUPS = 8192, 1024, 64
-_SEGMENT = 32  # logits whose maximum is kept
-_SEGMENT_CAP, _GROUP_CAP = 1024, 1024
+_LIST_CAP, _NEAR_CAP = 1024, 2048  # groups of a row to read again, ids that may be drawn
 # Neighbours of a type are this far apart in the ordered bits of fp32.
 _UNITS = {torch.bfloat16: 2**16, torch.float16: 2**13, torch.float32: 1}
 _MASK = 0xFFFFFFFF
@@ -71,7 +76,7 @@ def _mix(x: int) -> int:
 
 def _start_word(seed: int) -> int:
     """The part of the keys that depends on the seed alone, as a signed 32-bit number."""
-    value = _mix(_mix((seed & _MASK) ^ PAIR_STEP) ^ ((seed >> 32) & _MASK))
+    value = _mix(_mix((seed & _MASK) ^ GROUP_STEP) ^ ((seed >> 32) & _MASK))
     return value - 2**32 if value >= 2**31 else value
 
 
@@ -125,16 +130,10 @@ def capture_triton(
     seed: int,
     position_ids_R: torch.Tensor,
     careful: bool = False,
-    num_warps: int = 4,
-    parts: int = 1,
-    registers: int | None = None,
-    finish_warps: int = 4,
-    finish_registers: int | None = 64,
-    per_processor: int = 8,
 ) -> Capture:
     """See ``capture``; estimator "sampled" or "topk", logits of at most 32 bits.
 
-    careful sends every row to the fallback; the rest are launch parameters.
+    careful sends every row to the fallback.
     """
     num_rows, device = logits_RV.shape[0], logits_RV.device
     if logits_RV.stride(1) != 1:
@@ -166,55 +165,51 @@ def capture_triton(
         return result
     start = _start_word(seed)
     sources = (logits_RV, logits_RV.stride(0), labels_R, position_ids_R)
-    vector = 16 // logits_RV.element_size()
-    num_lanes = 32 * num_warps
     interpreted = device.type != "cuda"
     if swept:
-        block = num_lanes * _SEGMENT
-        num_segments = triton.cdiv(num_tokens, block) * num_lanes
+        tiles = triton.cdiv(num_tokens, TILE.value)
+        num_words = triton.cdiv(tiles, TILES_PER_WORD.value) * LANES.value
+        num_segments = tiles * LANES.value
         all_tail_RT = tail_RT if grid == TEMPERATURES else new(num_rows, len(TEMPERATURES))
         sums = new(num_rows, SUMS.value)
-        groups = new(num_rows, _GROUP_CAP, dtype=torch.int32)
-        listed_R = new(num_rows, dtype=torch.int32)
-        score = new(num_rows, num_segments, dtype=torch.bfloat16) if sampled else None
+        bits = new(num_rows, num_words, dtype=torch.int32)
+        score = new(num_rows, num_segments if sampled else 0, dtype=torch.bfloat16)
         inverse_s = 1 / sample_temperature if sampled else 1.0
         sample_size, sample_step = _sample(num_tokens)
         capture_sweep[(num_rows,)](
-            *(logits_RV, logits_RV.stride(0), position_ids_R, sums, groups, listed_R, score),
+            *(logits_RV, logits_RV.stride(0), position_ids_R, sums, bits, score),
             num_tokens,
+            num_words,
             num_segments,
             start,
             _clip_rank(num_tokens, 200 if sampled else 100 + 2 * kept),
             sample_step,
             SAMPLED=sampled,
             INVERSE_S=inverse_s,
-            TURNS=_SEGMENT // vector // parts,
-            PARTS=parts,
-            LANES=num_lanes,
-            VECTOR=vector,
             SAMPLE=sample_size,
             GROUPS=_GROUPS,
-            GROUP_CAP=_GROUP_CAP,
-            PACKED=not interpreted and torch.cuda.get_device_capability(device) >= (9, 0),
-            num_warps=num_warps,
+            COMPILED=not interpreted,
+            num_warps=4,
             enable_fp_fusion=True,
-            **({} if registers is None else {"maxnreg": registers}),
+            maxnreg=56,  # 9 programs a processor: what the loads' latency asks for
         )
-        programs = _programs(device, num_rows, per_processor)
+        # Sampled waits more, for logits read again, and has more to gain from more programs.
+        registers = 56 if sampled else 64
+        programs = _programs(device, num_rows, 2 * 65536 // (128 * registers))
         candidate_cap = 512 if sampled or kept <= 96 else 1024
-        candidates = (programs, candidate_cap)
         capture_finish[(programs,)](
             *sources,
             *(ids_RK, logp_RK, inclusion_RK, all_tail_RT),
             *(entropy_R, top1_logp_R, gold_logp_R, count_R),
-            *(sums, groups, listed_R, score),
-            new(programs, _SEGMENT_CAP, dtype=torch.int32),
-            new(*candidates),
-            new(*candidates, dtype=torch.int32),
-            new(*candidates, dtype=torch.int64),
-            new(*candidates),
+            *(sums, bits, score),
+            new(programs, _LIST_CAP, dtype=torch.int32),
+            new(programs, candidate_cap, dtype=torch.int32),
+            new(programs, _NEAR_CAP if sampled else 0, dtype=torch.int32),
+            new(programs, candidate_cap + 8, dtype=torch.int64),
+            new(programs, candidate_cap),
             num_rows,
             num_tokens,
+            num_words,
             num_segments,
             min_prob,
             math.log(min_prob) if min_prob > 0 else -1e29,
@@ -226,18 +221,14 @@ def capture_triton(
             K=kept,
             WIDTH=width,
             INVERSE_S=inverse_s,
-            TURNS=_SEGMENT // vector,
-            LANES=num_lanes,
-            VECTOR=vector,
             UNIT=_UNITS[logits_RV.dtype],
-            GROUP_CAP=_GROUP_CAP,
-            SEGMENT_CAP=_SEGMENT_CAP,
+            LIST_CAP=_LIST_CAP,
+            NEAR_CAP=_NEAR_CAP,
             CANDIDATE_CAP=candidate_cap,
-            SIZE=256 * finish_warps,
-            ITEMS=32 * finish_warps,
-            num_warps=finish_warps,
+            SIZE=2048,
+            num_warps=4,
             enable_fp_fusion=True,
-            **({} if finish_registers is None else {"maxnreg": finish_registers}),
+            maxnreg=registers,
         )
         if all_tail_RT is not tail_RT:
             tail_RT.copy_(all_tail_RT[:, columns])
@@ -246,7 +237,7 @@ def capture_triton(
         *sources,
         temperature_T,
         *(ids_RK, logp_RK, inclusion_RK, tail_RT, entropy_R, top1_logp_R, gold_logp_R, count_R),
-        new(programs, width, dtype=torch.int64),
+        new(programs, width + 8, dtype=torch.int64),
         new(programs, width),
         num_rows,
         num_tokens,

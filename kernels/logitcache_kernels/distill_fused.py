@@ -1,6 +1,6 @@
-"""``distill_loss`` on the row kernel: launch, custom operators, autograd.
+"""``distill_loss`` on the kernels: arguments, custom operators, autograd.
 
-The gradient is made in the forward pass, in the same launch as the loss, scaled by 1 / num_items.
+The gradient is made in the forward pass, with the loss, scaled by 1 / num_items.
 The backward pass multiplies it by the incoming scalar, which a kernel reads on the device: where it
 is 1, that kernel returns at once. That product is made in place, so a second backward pass through
 the same loss is refused (by the version counter), as is what saved logits that inplace=True
@@ -9,58 +9,14 @@ overwrote.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
 
-from .distill_terms_triton import T_1, T_2, T_3, T_3_2, T_4, T_ANY, UNIT
-from .distill_triton import distill_kernel
-from .scale_triton import scale_kernel
+from .distill_launch import INTERPRETED, Row, add_up, launch, new_diagnostics
+from .scalars_triton import count_kernel, scale_kernel
 from .types import IGNORED_LABEL, DistillOutput, DistillSpec, SparseTeacher
-
-IN_PLACE, COPY, NO_GRADIENT = 0, 1, 2
-_MODES = {1.0: T_1, 1.5: T_3_2, 2.0: T_2, 3.0: T_3, 4.0: T_4}
-_DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
-_TAILS = {"bucket": 0, "renormalise": 1, "none": 2}
-_TABOO_SLICE = 32
-INTERPRETED = (
-    not hasattr(distill_kernel, "warmup") or type(distill_kernel).__name__ != "JITFunction"
-)
-
-
-class RowConfig(NamedTuple):
-    """How a row is swept: elements of a tile, and how programs share the device."""
-
-    block: int
-    warps: int
-    per_multiprocessor: int
-    stages: int = 1
-    registers: int | None = None  # at most, a thread
-
-
-class Row(NamedTuple):
-    """What the kernel reads beside the logits; tensors on one device, teachers' rows contiguous."""
-
-    teachers: tuple[SparseTeacher, ...]
-    labels_R: torch.Tensor
-    gold_R: torch.Tensor | None
-    taboo_RK: torch.Tensor | None  # unique ids of each position, -1 padded; its rows may be one
-    per_item: torch.Tensor  # float32, 1 / num_items
-    spec: DistillSpec
-
-
-def choose_config(vocab_size: int, element_size: int) -> RowConfig:
-    """The fastest of a sweep on an H200 (docs/kernels.md); frozen, as tuning in place corrupts."""
-    if INTERPRETED:
-        return RowConfig(64, 4, 1)
-    if element_size > 2:
-        return RowConfig(4096, 8, 2, stages=3, registers=128)
-    if vocab_size <= 65536:
-        return RowConfig(4096, 4, 5, stages=4, registers=96)
-    return RowConfig(16384, 8, 1, stages=4, registers=255)
 
 
 def taboo_list(
@@ -105,125 +61,22 @@ def prepare(
 ) -> Row:
     """Bring the arguments of a call into the shape that kernels read; nothing waits for the GPU."""
     device = labels_R.device
+    labels_R = labels_R.contiguous()
     if num_items is None:
-        num_items = (labels_R != IGNORED_LABEL).sum().clamp_min(1)
-    if isinstance(num_items, torch.Tensor):
+        per_item = one_over_count(labels_R)
+    elif isinstance(num_items, torch.Tensor):
         per_item = num_items.detach().to(device, torch.float32).reciprocal()
     else:
         per_item = torch.full((), 1.0 / num_items, dtype=torch.float32, device=device)
     cleaned = tuple(SparseTeacher._make(_last_contiguous(x) for x in t) for t in teachers)
     return Row(
         cleaned,
-        labels_R.contiguous(),
+        labels_R,
         None if gold_R is None else gold_R.to(torch.int8),
         taboo_list(len(labels_R), device, taboo_ids, taboo_RK),
         per_item,
         spec,
     )
-
-
-def _stride(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)
-
-
-def teacher_arguments(row: Row) -> list[Any]:
-    """Pointers and strides of both teachers; teacher 1 stands in for one that is not there."""
-    arguments: list[Any] = []
-    for teacher in (row.teachers[0], row.teachers[-1]):
-        arguments += [
-            teacher.ids_RK,
-            teacher.logp_RK,
-            teacher.inclusion_RK,
-            teacher.log_partition_R,
-            teacher.entropy_R,
-            teacher.ids_RK.stride(0),
-            teacher.logp_RK.stride(0),
-            _stride(teacher.inclusion_RK),
-        ]
-    return arguments
-
-
-def _padded(width: int) -> int:
-    # With 32, one warp's worth, the whole kernel was a fifth slower (H200, 2026-11).
-    return max(16 if INTERPRETED else 64, triton.next_power_of_2(width))
-
-
-def gate_constants(row: Row) -> dict[str, Any]:
-    """Compile-time arguments that the gate and the row kernel share."""
-    return {
-        "KP": _padded(max(teacher.ids_RK.shape[1] for teacher in row.teachers)),
-        "TB": _TABOO_SLICE,
-        "TEACHERS": len(row.teachers),
-        "SAMPLED": row.teachers[0].inclusion_RK is not None,
-        "ENTROPY": row.spec.confidence == "entropy",
-        "HAS_GOLD": row.gold_R is not None,
-    }
-
-
-def launch(
-    logits_RV: torch.Tensor,
-    work_RV: torch.Tensor,
-    row: Row,
-    diagnostics: Sequence[torch.Tensor],
-    out: int,
-    *,
-    index_R: torch.Tensor | None = None,
-    softcap: float | None = None,
-    config: RowConfig | None = None,
-) -> None:
-    """Run the row kernel over logits_RV, whose row i is position index_R[i] (None: i)."""
-    num_rows, vocab_size = logits_RV.shape
-    if num_rows == 0:
-        return
-    spec, device = row.spec, logits_RV.device
-    config = config or choose_config(vocab_size, logits_RV.element_size())
-    programs = num_programs(num_rows, device, config)
-    mode = _MODES.get(spec.temperature, T_ANY)
-    num_taboo = 0 if row.taboo_RK is None else row.taboo_RK.shape[1]
-    taboo = {"target": 1, "neutral": 2}[spec.taboo] if num_taboo else 0
-    slots = None
-    if taboo == 1:
-        width = triton.cdiv(num_taboo, _TABOO_SLICE) * _TABOO_SLICE
-        slots = torch.empty(programs * width, dtype=torch.float32, device=device)
-    sampled = row.teachers[0].inclusion_RK is not None
-    distill_kernel[(programs,)](
-        logits_RV, work_RV, index_R, num_rows, logits_RV.stride(0), work_RV.stride(0),
-        *teacher_arguments(row),
-        row.labels_R, row.gold_R, row.taboo_RK, _stride(row.taboo_RK), slots, row.per_item,
-        *diagnostics,
-        row.teachers[0].ids_RK.shape[1], row.teachers[-1].ids_RK.shape[1], num_taboo, vocab_size,
-        spec.temperature, 1.0 / spec.temperature, math.log2(math.e) / UNIT[mode], spec.alpha,
-        spec.beta, spec.gamma, spec.jsd_beta, spec.js_threshold, spec.confidence_threshold,
-        spec.gold_weight, math.log(max(vocab_size, 2)), 1.0 if softcap is None else softcap,
-        **gate_constants(row),
-        TABOO=taboo,
-        TAIL=2 if sampled else _TAILS[spec.tail],
-        KIND=_DIVERGENCES[spec.divergence],
-        HAS_R=spec.gamma != 0 and len(row.teachers) == 2,
-        MODE=mode,
-        SOFTCAP=softcap is not None,
-        OUT=out,
-        HAS_INDEX=index_R is not None,
-        BLOCK=config.block,
-        STAGES=config.stages,
-        OPAQUE=not INTERPRETED,
-        num_warps=config.warps,
-        **({} if config.registers is None or INTERPRETED else {"maxnreg": config.registers}),
-    )  # fmt: skip
-
-
-def num_programs(num_rows: int, device: torch.device, config: RowConfig) -> int:
-    """A program for each place on the device, not more than rows."""
-    if device.type != "cuda":
-        return min(num_rows, 3)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(num_rows, processors * config.per_multiprocessor)
-
-
-def new_diagnostics(num_rows: int, device: torch.device) -> list[torch.Tensor]:
-    """Loss, strategy, JS, KD, CE and weight of each position; the kernel writes every element."""
-    kinds = (torch.float32, torch.int8) + (torch.float32,) * 4
-    return [torch.empty(num_rows, dtype=kind, device=device) for kind in kinds]
 
 
 # The operators take tensors and numbers only; these two turn a Row into them and back.
@@ -249,28 +102,35 @@ def _row(tensors, labels_R, gold_R, taboo_RK, per_item, numbers, words) -> Row:
     return Row(teachers, labels_R, gold_R, taboo_RK, per_item, DistillSpec(**options))
 
 
-def _rows_in_place(logits_RV: torch.Tensor, *flat: Any) -> list[torch.Tensor]:
+def _run(
+    logits_RV: torch.Tensor, gradient_RV: torch.Tensor | None, flat: tuple[Any, ...]
+) -> list[torch.Tensor]:
+    """The loss (a scalar), then strategy, JS, KD, CE and weight of each position."""
+    row = _row(*flat)
     diagnostics = new_diagnostics(logits_RV.shape[0], logits_RV.device)
-    launch(logits_RV, logits_RV, _row(*flat), diagnostics, IN_PLACE)
-    return diagnostics
+    launch(logits_RV, gradient_RV, row, diagnostics)
+    return [add_up(diagnostics[0], row.per_item), *diagnostics[1:]]
+
+
+def _rows_in_place(logits_RV: torch.Tensor, *flat: Any) -> list[torch.Tensor]:
+    return _run(logits_RV, logits_RV, flat)
 
 
 def _rows(logits_RV: torch.Tensor, *flat: Any) -> list[torch.Tensor]:
-    diagnostics = new_diagnostics(logits_RV.shape[0], logits_RV.device)
     gradient_RV = torch.empty(logits_RV.shape, dtype=logits_RV.dtype, device=logits_RV.device)
-    launch(logits_RV, gradient_RV, _row(*flat), diagnostics, COPY)
-    return [gradient_RV, *diagnostics]
+    return [gradient_RV, *_run(logits_RV, gradient_RV, flat)]
 
 
 def _rows_value(logits_RV: torch.Tensor, *flat: Any) -> list[torch.Tensor]:
-    num_rows, vocab_size = logits_RV.shape
-    diagnostics = new_diagnostics(num_rows, logits_RV.device)
-    config = choose_config(vocab_size, logits_RV.element_size())
-    programs = num_programs(max(num_rows, 1), logits_RV.device, config)
-    width = triton.cdiv(vocab_size, 64) * 64
-    scratch = torch.empty(programs, width, dtype=logits_RV.dtype, device=logits_RV.device)
-    launch(logits_RV, scratch, _row(*flat), diagnostics, NO_GRADIENT)
-    return diagnostics
+    return _run(logits_RV, None, flat)
+
+
+def _one_over_count(labels_R: torch.Tensor) -> torch.Tensor:
+    per_item = torch.empty((), dtype=torch.float32, device=labels_R.device)
+    count_kernel[(1,)](
+        labels_R, per_item, len(labels_R), IGNORED=IGNORED_LABEL, BLOCK=4096, num_warps=8
+    )
+    return per_item
 
 
 def _scale_in_place(gradient_RV: torch.Tensor, factor: torch.Tensor) -> None:
@@ -300,6 +160,12 @@ distill_rows_value = torch.library.custom_op(
     mutates_args=(),
     schema=f"({_SCHEMA.format(alias='')}) -> Tensor[]",
 )
+one_over_count = torch.library.custom_op(
+    "logitcache::one_over_count",
+    _one_over_count,
+    mutates_args=(),
+    schema="(Tensor labels) -> Tensor",
+)
 scale_in_place = torch.library.custom_op(
     "logitcache::scale_in_place",
     _scale_in_place,
@@ -308,16 +174,26 @@ scale_in_place = torch.library.custom_op(
 )
 
 
+def _fake_output(logits: torch.Tensor) -> list[torch.Tensor]:
+    diagnostics = new_diagnostics(logits.shape[0], logits.device)
+    return [diagnostics[0].new_empty(()), *diagnostics[1:]]
+
+
 @distill_rows_in_place.register_fake
 @distill_rows_value.register_fake
 def _(logits, *flat):
-    return new_diagnostics(logits.shape[0], logits.device)
+    return _fake_output(logits)
 
 
 @distill_rows.register_fake
 def _(logits, *flat):
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    return [gradient, *new_diagnostics(logits.shape[0], logits.device)]
+    return [gradient, *_fake_output(logits)]
+
+
+@one_over_count.register_fake
+def _(labels):
+    return torch.empty((), dtype=torch.float32, device=labels.device)
 
 
 @scale_in_place.register_fake
@@ -329,22 +205,21 @@ class _Distill(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_RV, inplace, late_factor, *flat):
         if inplace:
-            diagnostics = distill_rows_in_place(logits_RV, *flat)
+            loss, *diagnostics = distill_rows_in_place(logits_RV, *flat)
             gradient_RV = logits_RV.detach()  # a gradient, and no longer anything's result
         else:
-            gradient_RV, *diagnostics = distill_rows(logits_RV, *flat)
+            gradient_RV, loss, *diagnostics = distill_rows(logits_RV, *flat)
         ctx.late = late_factor is not None
-        per_item = late_factor if ctx.late else flat[4]
-        ctx.save_for_backward(gradient_RV, per_item)
-        ctx.mark_non_differentiable(*diagnostics[1:])
-        return (diagnostics[0].sum() * per_item, *diagnostics[1:])
+        ctx.save_for_backward(gradient_RV, *([late_factor] if ctx.late else []))
+        ctx.mark_non_differentiable(*diagnostics)
+        return (loss * late_factor if ctx.late else loss, *diagnostics)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_unused):
-        gradient_RV, per_item = ctx.saved_tensors
+        gradient_RV, *late_factor = ctx.saved_tensors
         if ctx.late:
-            grad_loss = grad_loss * per_item
+            grad_loss = grad_loss * late_factor[0]
         if torch.compiler.is_compiling():
             gradient_RV = gradient_RV * grad_loss.to(gradient_RV.dtype)
         else:
@@ -361,8 +236,7 @@ def distill_loss_fused(
         logits_RV = logits_RV.contiguous()
     flat = _flat(row)
     if not needs_gradient:
-        diagnostics = distill_rows_value(logits_RV.detach(), *flat)
-        return DistillOutput(diagnostics[0].sum() * row.per_item, *diagnostics[1:])
+        return DistillOutput(*distill_rows_value(logits_RV.detach(), *flat))
     # Expanded rows share memory and cannot hold a gradient each; a compiler places buffers itself.
     apart = logits_RV.shape[0] <= 1 or logits_RV.stride(0) >= logits_RV.shape[1]
     inplace = inplace and apart and not torch.compiler.is_compiling()

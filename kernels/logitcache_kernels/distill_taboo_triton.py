@@ -1,8 +1,8 @@
-"""Taboo ids in the row kernel: slices of TB ids, NT of a position.
+"""Taboo ids in the kernels of the loss: slices of TB ids, NT of a position.
 
 Under taboo="target" those that stand in no list are support entries with target 0. Their logits
-are gathered into a scratch of the program (slots), as the row itself gets -inf in their place; a
-slot of -inf is none of these. Under taboo="neutral" that -inf in the row is all there is to do.
+are gathered into a scratch (slots), as the row itself gets -inf in their place; a slot of -inf is
+none of these. Under taboo="neutral" that -inf in the row is all there is to do.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def taboo_gather(source, slots, ids1, ids2, taboo_ptr, first, last, V, cap,
 
 
 @triton.jit
-def taboo_leave_out(row, taboo_ptr, first, last, V, TB: tl.constexpr):
-    """Overwrite by -inf in the row."""
+def taboo_leave_out(row, begin, end, taboo_ptr, first, last, V, TB: tl.constexpr):
+    """Overwrite by -inf in the row, from id begin to before id end."""
     for start in range(first, last, TB):
         taboo = load_ids(taboo_ptr, start, last, V, TB, -3)
-        tl.store(row + taboo, float("-inf"), mask=taboo >= 0)
+        tl.store(row + taboo, float("-inf"), mask=(taboo >= begin) & (taboo < end))
 
 
 @triton.jit
@@ -89,10 +89,10 @@ def taboo_divergence(slots, NT, shift, unit, m, inv_T, per_T, log_sum, per_insid
 
 
 @triton.jit
-def taboo_gradient(row, slots, taboo_ptr, first, last, V, shift, unit, m, inv_T, per_T, c, scale_d,
-                   taboo_slope, log_sum, per_inside, beta, cap, MODE: tl.constexpr,
+def taboo_gradient(row, begin, end, slots, taboo_ptr, first, last, V, shift, unit, m, inv_T, per_T,
+                   c, scale_d, taboo_slope, log_sum, per_inside, beta, cap, MODE: tl.constexpr,
                    KIND: tl.constexpr, SOFTCAP: tl.constexpr, TB: tl.constexpr):  # fmt: skip
-    """Write scale_d b - taboo_slope q + c exp(z - m)."""
+    """Write scale_d b - taboo_slope q + c exp(z - m), from id begin to before id end."""
     for start in range(first, last, TB):
         taboo = load_ids(taboo_ptr, start, last, V, TB, -3)
         z = tl.load(slots + (start - first) + tl.arange(0, TB))
@@ -103,5 +103,5 @@ def taboo_gradient(row, slots, taboo_ptr, first, last, V, shift, unit, m, inv_T,
             _, b = _taboo_terms(z, q, m, inv_T, log_sum, per_inside, beta, KIND, TB)
             g += scale_d * b
         g = g * slope(z, cap, SOFTCAP)
-        wanted = (taboo >= 0) & (z != float("-inf"))
+        wanted = (taboo >= begin) & (taboo < end) & (z != float("-inf"))
         tl.store(row + taboo, g.to(row.dtype.element_ty), mask=wanted)

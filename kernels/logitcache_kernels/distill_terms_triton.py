@@ -1,4 +1,4 @@
-"""Pieces of the row kernel: the student's powers, a teacher's target, terms of a divergence."""
+"""Pieces of the loss kernels: the student's powers, a teacher's target, terms of a divergence."""
 
 from __future__ import annotations
 
@@ -96,3 +96,25 @@ def terms(p, q, log_q, alive, beta, KIND: tl.constexpr):
         held = tl.where(m >= FLOOR, 1.0, 0.0)
         base = (1.0 - beta) * tl.where(q != 0.0, q * (y + alive - held), 0.0)
     return value, base
+
+
+@triton.jit
+def tail_slopes(b_sum, p_tail, q_tail, inside, beta, TAIL: tl.constexpr, KIND: tl.constexpr):
+    """The tail's value, then kappa and omega of the gradient (``distill_rows_triton``)."""
+    value = 0.0
+    if TAIL == 0:
+        alive = tl.where(q_tail >= FLOOR, 1.0, 0.0)
+        log_q = tl.log(tl.maximum(q_tail, FLOOR))
+        value, b = terms(p_tail, q_tail, log_q, alive, beta, KIND)
+        kappa = b_sum + b
+        omega = tl.where(b != 0.0, b / q_tail, 0.0) - kappa
+    elif TAIL == 1:
+        alive = tl.where(inside >= FLOOR, 1.0, 0.0)
+        per_inside = 1.0 / tl.maximum(inside, FLOOR)
+        left = b_sum * (1.0 - alive * inside * per_inside)
+        kappa = b_sum * alive * per_inside + left
+        omega = -left
+    else:
+        kappa = b_sum
+        omega = -b_sum
+    return value, kappa, omega

@@ -64,14 +64,17 @@ def match(
     ids1_stride, ids2_stride, logp2_stride, inclusion2_stride, K1, K2, V,
     KP: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
-    """Teacher 2 on list 1 (logp, -inf for nothing; inclusion); which of list 2 are in list 1."""
+    """Teacher 2 on list 1 (logp, -inf for nothing; inclusion); which of list 2 are in list 1.
+
+    Tables are reduced along their first axis, which a thread holds whole: no data moves.
+    """
     inclusion2_on1 = tl.full([KP], 1.0, tl.float32)
     if KP * KP <= _WHOLE_TABLE:
-        equal = ids1[:, None] == ids2[None, :]
-        logp2_on1 = tl.max(tl.where(equal, logp2[None, :], float("-inf")), 1)
+        equal = ids2[:, None] == ids1[None, :]
+        logp2_on1 = tl.max(tl.where(equal, logp2[:, None], float("-inf")), 0)
         if SAMPLED:
-            inclusion2_on1 = tl.max(tl.where(equal, inclusion2[None, :], 0.0), 1)
-        repeated2 = tl.max(equal.to(tl.int32), 0)
+            inclusion2_on1 = tl.max(tl.where(equal, inclusion2[:, None], 0.0), 0)
+        repeated2 = tl.max((ids1[:, None] == ids2[None, :]).to(tl.int32), 0)
     else:
         logp2_on1 = tl.full([KP], float("-inf"), tl.float32)
         if SAMPLED:
@@ -79,15 +82,15 @@ def match(
         for start in range(0, K2, _SLICE):
             at, end = row * ids2_stride + start, row * ids2_stride + K2
             ids = load_ids(ids2_ptr, at, end, V, _SLICE, -2)
-            equal = ids1[:, None] == ids[None, :]
+            equal = ids[:, None] == ids1[None, :]
             at, end = row * logp2_stride + start, row * logp2_stride + K2
             part = load_floats(logp2_ptr, at, end, ids >= 0, float("-inf"), _SLICE)
-            part = tl.max(tl.where(equal, part[None, :], float("-inf")), 1)
+            part = tl.max(tl.where(equal, part[:, None], float("-inf")), 0)
             logp2_on1 = tl.maximum(logp2_on1, part)
             if SAMPLED:
                 at, end = row * inclusion2_stride + start, row * inclusion2_stride + K2
                 part = load_floats(inclusion2_ptr, at, end, ids >= 0, 1.0, _SLICE)
-                part = tl.max(tl.where(equal, part[None, :], 0.0), 1)
+                part = tl.max(tl.where(equal, part[:, None], 0.0), 0)
                 inclusion2_on1 = tl.maximum(inclusion2_on1, part)
         repeated2 = tl.zeros([KP], tl.int32)
         for start in range(0, K1, _SLICE):
@@ -199,49 +202,3 @@ def gold_label(labels_ptr, gold_ptr, taboo_ptr, row, taboo_stride, NT, V,
             hits = tl.maximum(hits, (ids == label).to(tl.int32))
         usable = usable & (tl.max(hits, 0) == 0)
     return is_valid, tl.where(usable, label, -9).to(tl.int32)
-
-
-@triton.jit
-def gate_kernel(
-    ids1_ptr, logp1_ptr, inclusion1_ptr, entropy1_ptr, ids1_stride, logp1_stride, inclusion1_stride,
-    ids2_ptr, logp2_ptr, inclusion2_ptr, entropy2_ptr, ids2_stride, logp2_stride, inclusion2_stride,
-    labels_ptr, gold_ptr, taboo_ptr, taboo_stride,
-    strategy_ptr, js_ptr, weight_ptr,
-    K1, K2, NT, V, log_V, js_threshold, confidence_threshold, gold_weight,
-    KP: tl.constexpr, TB: tl.constexpr, TEACHERS: tl.constexpr,
-    SAMPLED: tl.constexpr, ENTROPY: tl.constexpr, HAS_GOLD: tl.constexpr, HAS_TABOO: tl.constexpr,
-):  # fmt: skip
-    """Strategy, JS and weight of each position: what must be known before the logits exist."""
-    row = tl.program_id(0).to(tl.int64)
-    is_valid, gold = gold_label(
-        labels_ptr, gold_ptr, taboo_ptr, row, taboo_stride, NT, V, HAS_GOLD, HAS_TABOO, TB
-    )
-    if TEACHERS == 1:
-        strategy = tl.where(is_valid, 1, 3)
-        js = 0.0
-        weight = tl.where(is_valid, 1.0, 0.0)
-    else:
-        ids1, logp1, inclusion1 = load_teacher(
-            ids1_ptr, logp1_ptr, inclusion1_ptr, row, ids1_stride, logp1_stride, inclusion1_stride,
-            K1, V, KP, SAMPLED, -1,
-        )  # fmt: skip
-        ids2, logp2, inclusion2 = load_teacher(
-            ids2_ptr, logp2_ptr, inclusion2_ptr, row, ids2_stride, logp2_stride, inclusion2_stride,
-            K2, V, KP, SAMPLED, -2,
-        )  # fmt: skip
-        logp2_on1, inclusion2_on1, repeated2 = match(
-            ids1, ids2, logp2, inclusion2, ids1_ptr, ids2_ptr, logp2_ptr, inclusion2_ptr, row,
-            ids1_stride, ids2_stride, logp2_stride, inclusion2_stride, K1, K2, V, KP, SAMPLED,
-        )  # fmt: skip
-        js = agreement(logp1, inclusion1, logp2, inclusion2, logp2_on1, inclusion2_on1, repeated2)
-        confidence1, confidence2 = confidences(
-            logp1, logp2, entropy1_ptr, entropy2_ptr, row, log_V, ENTROPY
-        )
-        strategy, _, _, weight = decide(
-            js, confidence1, confidence2, is_valid, gold >= 0,
-            js_threshold, confidence_threshold, gold_weight,
-        )  # fmt: skip
-        js = tl.where(is_valid, js, 0.0)
-    tl.store(strategy_ptr + row, strategy.to(tl.int8))
-    tl.store(js_ptr + row, js)
-    tl.store(weight_ptr + row, weight)

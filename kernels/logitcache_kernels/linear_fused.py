@@ -3,7 +3,7 @@
 Per chunk of n positions that carry a loss (h: n x D, W: V x D, dtype of the products bf16):
 
     z = h W'                  cuBLAS   2 n V D operations   2 n V bytes written
-    g = dloss/dz, in place    Triton   ``distill_triton``   2 n V read, 2 n V written
+    g = dloss/dz, in place    Triton   ``distill_rows``     2 n V read, 2 n V written
     dh = g W                  cuBLAS   2 n V D              2 n V read
     dW += g' h, in float32    cuBLAS   2 n V D              2 n V read, 8 V D for the sum
 
@@ -12,28 +12,20 @@ for the float32 sum, so chunks are as large as the memory asked for allows. One 
 float32 sum: dW comes straight out of its product, which accumulates in float32 inside.
 
 Positions without loss (ignored, SKIP) are left out of the products. Their number must be known on
-the host to size the products: the one place where the host waits for the GPU, for the gate alone.
-Inside a CUDA graph nothing is left out and nothing waits.
+the host to size the products: the one place where the host waits for the GPU, for the gate alone,
+while the logits of the first positions kept are computed. Inside a CUDA graph nothing is left out
+and nothing waits.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 import triton
 
-from .distill_fused import (
-    IN_PLACE,
-    Row,
-    gate_constants,
-    launch,
-    new_diagnostics,
-    scale_in_place,
-    teacher_arguments,
-)
-from .gate_triton import gate_kernel
+from .distill_fused import scale_in_place
+from .distill_launch import Row, add_up, gate, launch, new_diagnostics
 from .types import SKIP, DistillOutput
 
 # Of a chunk's logits. 4096 rows of 151936 bf16 logits are 1.16 GiB, and on an H200 the products
@@ -41,6 +33,9 @@ from .types import SKIP, DistillOutput
 _CHUNK_BYTES = 5 * 2**28
 _SHARE_OF_FREE = 0.25
 _ROW_MULTIPLE = 128  # tiles of the matrix units
+# Positions whose logits are computed before the host knows how many there are: enough to keep the
+# GPU busy until it does, and no loss where fewer are kept.
+_LEAD = 1024
 
 
 class Head(NamedTuple):
@@ -70,37 +65,38 @@ def _even(num_rows: int, chunks: int) -> int:
     return triton.cdiv(triton.cdiv(num_rows, chunks), _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
-def gate(row: Row, vocab_size: int) -> list[torch.Tensor]:
-    """Strategy, JS and weight of each position, before there are any logits."""
-    num_rows, device, spec = len(row.labels_R), row.labels_R.device, row.spec
-    result = [torch.empty(num_rows, dtype=torch.int8, device=device)]
-    result += [torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2)]
-    if num_rows == 0:
-        return result
-    arguments = teacher_arguments(row)
-    del arguments[11], arguments[3]  # log-partitions
-    num_taboo = 0 if row.taboo_RK is None else row.taboo_RK.shape[1]
-    gate_kernel[(num_rows,)](
-        *arguments,
-        row.labels_R, row.gold_R, row.taboo_RK,
-        0 if row.taboo_RK is None else row.taboo_RK.stride(0),
-        *result,
-        row.teachers[0].ids_RK.shape[1], row.teachers[-1].ids_RK.shape[1], num_taboo, vocab_size,
-        math.log(max(vocab_size, 2)), spec.js_threshold, spec.confidence_threshold,
-        spec.gold_weight,
-        **gate_constants(row),
-        HAS_TABOO=num_taboo > 0,
-        num_warps=4,
-    )  # fmt: skip
-    return result
+class _Kept:
+    """Positions that carry a loss, in order; their number is on its way to the host.
 
+    Inside a CUDA graph nothing can come back: there all positions are kept.
+    """
 
-def _kept(strategy_R: torch.Tensor) -> torch.Tensor | None:
-    """Positions that carry a loss, in order; None for all of them."""
-    if strategy_R.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    (kept,) = (strategy_R != SKIP).nonzero(as_tuple=True)  # waits for the gate
-    return None if len(kept) == len(strategy_R) else kept.to(torch.int32)
+    def __init__(self, strategy_R: torch.Tensor):
+        self.num_rows = len(strategy_R)
+        self.index_R: torch.Tensor | None = None
+        self._count: torch.Tensor | None = None
+        self._there: torch.cuda.Event | None = None
+        if strategy_R.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        keep_R = strategy_R != SKIP
+        # As many as there are positions, the surplus pointing at the first: nothing waits for it.
+        index_R1 = torch.nonzero_static(keep_R, size=self.num_rows, fill_value=0)
+        self.index_R = index_R1[:, 0].to(torch.int32)
+        self._count = keep_R.sum()
+        if strategy_R.is_cuda:
+            there = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._count = there.copy_(self._count, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def wait(self) -> tuple[int, torch.Tensor | None]:
+        """Their number, and which they are (None: all)."""
+        if self._there is not None:
+            self._there.synchronize()
+        count = self.num_rows if self._count is None else int(self._count)
+        if self.index_R is None or count == self.num_rows:
+            return count, None
+        return count, self.index_R[:count]
 
 
 def _product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int, alpha: float) -> None:
@@ -136,8 +132,24 @@ def _logits(
         out += head.scale * bias.to(out.dtype)
 
 
+def _narrow(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float32 sums as a 16-bit tensor in the memory they lie in: dW twice would be the peak.
+
+    Elements [n, 2n) go to where [n/2, n) lay, which have gone before.
+    """
+    wide = sums.view(-1)
+    narrow = wide.view(dtype)[: len(wide)]
+    done = min(2**16, len(wide))
+    narrow[:done] = wide[:done].clone()
+    while done < len(wide):
+        stop = min(2 * done, len(wide))
+        narrow[done:stop] = wide[done:stop]
+        done = stop
+    return narrow.view(sums.shape)
+
+
 class _Plan(NamedTuple):
-    """What does not depend on the gate, made before the host waits for it."""
+    """What does not depend on the gate, made before there is an answer."""
 
     diagnostics: list[torch.Tensor]
     weight: torch.Tensor  # in the products' dtype
@@ -160,15 +172,20 @@ def _plan(hidden_RD: torch.Tensor, weight_VD: torch.Tensor, head: Head, chunk: i
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, bias_V, row, head, plans, index_R):
+    def forward(ctx, hidden_RD, weight_VD, bias_V, row, head, plans, kept):
         ctx.factor = per_item = row.per_item
         ctx.late = head.product_dtype == torch.float16  # whose range 1 / num_items would leave
         if ctx.late:
             row = row._replace(per_item=torch.ones_like(per_item))
         wants = [ctx.needs_input_grad[i] for i in range(3)]
-        num_rows = len(hidden_RD) if index_R is None else len(index_R)
         vocab_size, device = weight_VD.shape[0], hidden_RD.device
         diagnostics, weight, grad_hidden, buffer, chunk = plans.pop()
+        lead = 0
+        if kept.index_R is not None:
+            lead = min(_LEAD, len(buffer))
+            hidden = hidden_RD.detach().index_select(0, kept.index_R[:lead]).to(head.product_dtype)
+            _logits(buffer[:lead, :vocab_size], hidden, weight, bias_V, head)
+        num_rows, index_R = kept.wait()
         if num_rows > chunk:  # fewer than planned for, as the gate left some out: equal chunks
             chunk = min(chunk, _even(num_rows, triton.cdiv(num_rows, chunk)))
         grad_weight = grad_bias = None
@@ -186,10 +203,12 @@ class _Linear(torch.autograd.Function):
             hidden = hidden[start:stop] if rows is None else hidden.index_select(0, rows)
             hidden = hidden.to(head.product_dtype)
             logits = buffer[: stop - start, :vocab_size]
-            _logits(logits, hidden, weight, bias_V, head)
+            done = min(lead, stop) if start == 0 else 0
+            if done < stop - start:
+                _logits(logits[done:], hidden[done:], weight, bias_V, head)
             if rows is None:
                 rows = torch.arange(start, stop, dtype=torch.int32, device=device)
-            launch(logits, logits, row, diagnostics, IN_PLACE, index_R=rows, softcap=head.softcap)
+            launch(logits, logits, row, diagnostics, index_R=rows, softcap=head.softcap)
             if not any(wants):
                 continue
             gradient = logits.to(head.product_dtype)
@@ -205,13 +224,13 @@ class _Linear(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += head.scale * gradient.sum(0, dtype=torch.float32)
         buffer = logits = gradient = hidden = weight = None  # before dW is copied to its dtype
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight_VD.dtype)
+        if grad_weight is not None and grad_weight.dtype != weight_VD.dtype:
+            grad_weight = _narrow(grad_weight, weight_VD.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias_V.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(*diagnostics[3:5])
-        return (diagnostics[0].sum() * per_item, *diagnostics[3:5])
+        return (add_up(diagnostics[0], per_item), *diagnostics[3:5])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -243,6 +262,6 @@ def linear_distill_loss_fused(
         size = head.logits_dtype.itemsize
         chunk = choose_chunk(num_rows, vocab_size, size, _room(hidden_RD.device))
     plans = [_plan(hidden_RD, weight_VD, head, chunk)]  # a list, to be let go of inside
-    index_R = _kept(strategy_R)
-    loss, kd_R, ce_R = _Linear.apply(hidden_RD, weight_VD, bias_V, row, head, plans, index_R)
+    kept = _Kept(strategy_R)
+    loss, kd_R, ce_R = _Linear.apply(hidden_RD, weight_VD, bias_V, row, head, plans, kept)
     return DistillOutput(loss, strategy_R, js_R, kd_R, ce_R, weight_R)

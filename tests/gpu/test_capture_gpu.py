@@ -14,7 +14,11 @@ from logitcache_kernels import capture
 from logitcache_kernels.capture_reference import capture_reference
 from logitcache_kernels.capture_triton import capture_triton
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # Said whenever the mode is set, by which a test sees that nothing waits for the GPU.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+]
 OPTIONS = {
     "estimator": "sampled",
     "min_prob": 0.005,
@@ -91,6 +95,43 @@ def test_no_host_synchronisation_and_the_same_bits_again(estimator):
         torch.cuda.set_sync_debug_mode("default")
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "topk"])
+def test_a_graph_and_another_stream_give_the_same_bits(estimator):
+    logits_RV = peaked_logits(200, 32000, generator(8)).bfloat16()
+    positions_R = torch.arange(200, device="cuda")
+    options = {"estimator": estimator, "position_ids_R": positions_R, "impl": "triton"}
+    expected = capture(logits_RV, **options)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        on_side = capture(logits_RV, **options)
+    torch.cuda.current_stream().wait_stream(side)
+    buffer_RV = torch.zeros_like(logits_RV)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = capture(buffer_RV, **options)
+    buffer_RV.copy_(logits_RV)
+    graph.replay()
+    for found in (on_side, replayed):
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "topk"])
+def test_banned_tokens_need_no_fallback(estimator, monkeypatch):
+    from logitcache_kernels import capture_triton as module
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(module, "capture_careful", Nothing())
+    logits_RV = peaked_logits(32, 151936, generator(9)).bfloat16()
+    logits_RV[:, 100::50] = -torch.inf
+    found = check(logits_RV, estimator=estimator, min_prob=0.005 if estimator == "sampled" else 0.0)
+    assert (found.count_R > 0).all()
 
 
 def test_more_than_two_to_the_31_elements():

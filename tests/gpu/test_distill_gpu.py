@@ -21,7 +21,11 @@ from distill_checks import (
 
 from logitcache_kernels import DistillSpec, SparseTeacher, distill_loss, linear_distill_loss
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # Said whenever the mode is set, by which a test sees that nothing waits for the GPU.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+]
 
 
 def generator(seed):
