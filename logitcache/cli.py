@@ -184,5 +184,37 @@ def repair(
     options.result({"repaired": document.pop("findings"), **document, "whole": True}, text)
 
 
+@cli.command()
+@click.argument("store", type=Path)
+@click.option("--to", "kind", type=click.Choice(["parquet"]), required=True, help="The format.")
+@click.option("--out", type=Path, required=True, help="Folder to make.")
+@common_options
+def export(options: Options, store: Path, kind: str, out: Path) -> None:
+    """Write a store as Parquet files, which datasets, pandas or Spark can read.
+
+    One record per row: tokens, labels, and per teacher and position ids, logp and inclusion.
+    """
+    from .export import export_parquet
+    from .progress import every_30_s
+
+    with stop_on_signal() as stop:
+        show = every_30_s(lambda done, rows: options.note(f"export: {done} of {rows} rows"))
+        made = export_parquet(store, out, report=show, stop=stop)
+    if not made.written:
+        options.note(f"{out}: already exported; nothing was changed")
+    document = {
+        "store": str(store),
+        "output": str(out),
+        "format": kind,
+        "rows": made.rows,
+        "files": made.files,
+        "bytes": made.size_bytes,
+        "written": made.written,
+    }
+    text = f"{out}: {made.rows:,} rows, {made.files} files, {made.size_bytes:,} bytes\n"
+    text += f'next: datasets.load_dataset("parquet", data_dir="{out}")'
+    options.result(document, text)
+
+
 def main() -> None:
     run_group(cli, "logitcache")
