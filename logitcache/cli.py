@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,19 +132,51 @@ def info(options: Options, store: Path) -> None:
 
 @cli.command()
 @click.argument("store", type=Path)
+@click.option(
+    "--rescore", type=click.IntRange(min=1), metavar="N", help="Run the teachers on N rows again."
+)
+@click.option("--teacher1", type=Path, help="--rescore: folder; that of the build unless given.")
+@click.option("--teacher2", type=Path, help="--rescore: folder; that of the build unless given.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="--rescore: draws the rows.")
 @common_options
-def verify(options: Options, store: Path) -> None:
+def verify(
+    options: Options, store: Path, rescore: int | None, seed: int, **folders: Path | None
+) -> None:
     """Check a store: every byte against the journal, every value against the format.
 
-    Exit code 4 if anything is damaged or missing, with its rows and documents.
+    --rescore then compares what N rows hold with what the teachers say of them now, beside what
+    quantisation and the numeric noise of this machine account for.
+
+    Exit code 4 if anything is damaged or missing, with its rows and documents, or differs.
     """
+    from .errors import StoreError
     from .info import describe_findings, render_findings
+    from .progress import every_30_s
+    from .store import load_store
     from .verify import verify_store
 
+    if rescore is None and any(folders.values()):
+        raise click.UsageError("--teacher1 and --teacher2 are for --rescore N")
+    models = None
+    if rescore is not None:
+        from .rescore import rescore_drawn, teacher_folders
+
+        quiet_libraries()
+        with contextlib.suppress(StoreError):  # which verify_store finds again
+            models = teacher_folders(load_store(store), folders)  # before all that takes long
     found, findings = verify_store(store)
     document = describe_findings(store, found, findings)
-    options.result(document, render_findings(document))
-    if findings:
+    text = render_findings(document)
+    failed = bool(findings)
+    if rescore is not None and found is not None and models is not None and not findings:
+        show = every_30_s(lambda done, rows: options.note(f"rescore: {done} of {rows} rows"))
+        with stop_on_signal() as stop:
+            rescored = rescore_drawn(found, models, rescore, seed, report=show, stop=stop)
+        document["rescore"] = rescored.describe()
+        text += "\n" + rescored.render()
+        failed = not rescored.alike
+    options.result(document, text)
+    if failed:
         raise click.exceptions.Exit(4)
 
 

@@ -21,17 +21,23 @@ from .verify import Finding, verify_store
 
 def repair_settings(path: Path, given: Mapping[str, Any]) -> BuildConfig:
     """The settings that a store was built with: from its run record, unless given anew."""
-    recorded: dict[str, Any] = {}
     record = record_path(path)
-    if record.is_file():
-        found = parse_json(read_small(record), record)
-        recorded = found.get("config", {}) if isinstance(found, dict) else {}
-    elif "teacher1" not in given or "data" not in given:
+    if not record.is_file() and ("teacher1" not in given or "data" not in given):
         raise UsageError(
             f"{record}: no such run record, which would say what the store was built from",
             "give the settings of its build command: --teacher1, --teacher2, --data, ...",
         )
+    recorded = recorded_settings(path)
     return build_config({**recorded, **given, "out": path, "shard": None})
+
+
+def recorded_settings(path: Path) -> dict[str, Any]:
+    """The settings in the run record beside a store; none where there is no record."""
+    record = record_path(path)
+    if not record.is_file():
+        return {}
+    found = parse_json(read_small(record), record)
+    return found.get("config", {}) if isinstance(found, dict) else {}
 
 
 def repair(

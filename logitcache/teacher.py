@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from .store import Store, write_teacher
 from .support import Support, support_of
 
 # Logits of one chunk: capture on a CPU is three times faster when its temporaries fit the cache.
-_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
-_BATCH_TOKENS = {"cpu": 2**12, "cuda": 2**15}
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
+BATCH_TOKENS = {"cpu": 2**12, "cuda": 2**15}
 
 
 class TeacherRun:
@@ -101,7 +101,7 @@ class TeacherRun:
 
     def _batches(self, start: int, stop: int) -> list[list[int]]:
         """Rows of a shard in batches of like length, longest first; the same for every run."""
-        budget = self.config.batch_tokens or _BATCH_TOKENS[self.device.type]
+        budget = self.config.batch_tokens or BATCH_TOKENS[self.device.type]
         order = sorted(range(start, stop), key=lambda row: (-self.lengths[row], row))
         batches: list[list[int]] = []
         for row in order:
@@ -147,13 +147,8 @@ class TeacherRun:
         self, hidden_PD: torch.Tensor, labels_P: torch.Tensor, position_ids_P: torch.Tensor
     ) -> dict[str, np.ndarray]:
         """Capture in chunks of positions, so that P x V logits never exist at once."""
-        attributes = self.store.teachers[self.name]
-        options = {
-            key: attributes[key]
-            for key in ("estimator", "min_prob", "threshold", "sample_temperature", "top_k", "seed")
-            if key in attributes
-        }
-        chunk = max(_CHUNK_ELEMENTS[self.device.type] // self.head.weight_VD.shape[0], 16)
+        options = capture_options(self.store.teachers[self.name])
+        chunk = max(CHUNK_ELEMENTS[self.device.type] // self.head.weight_VD.shape[0], 16)
         parts: list[dict[str, np.ndarray]] = []
         for start in range(0, len(hidden_PD), chunk):
             rows = slice(start, start + chunk)
@@ -209,6 +204,12 @@ class TeacherRun:
                 f"{most} can be stored",
                 "raise --min-prob or --threshold",
             )
+
+
+def capture_options(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of ``capture`` that a teacher's attributes hold."""
+    keys = ("estimator", "min_prob", "threshold", "sample_temperature", "top_k", "seed")
+    return {key: attributes[key] for key in keys if key in attributes}
 
 
 def to_numpy(captured: Capture) -> dict[str, np.ndarray]:
