@@ -1,4 +1,4 @@
-"""Stores at s3://, gs:// or az://, read through a folder of this machine. Imports no torch.
+"""Stores at s3:// or gs://, read through a folder of this machine. Imports no torch.
 
 Opening one fetches its metadata and journal; a shard's files come when its first row is read, whole
 and checked against the journal's SHA-256, and stay for the next run. So a store is fetched once,
@@ -30,7 +30,7 @@ from .files import lock
 from .shards import ShardFile, write_durable
 from .store import Store, load_store
 
-_URL = re.compile(r"(s3|gs|az):/{1,2}([^/].*)")  # pathlib makes one slash of two
+_URL = re.compile(r"(s3|gs):/{1,2}([^/].*)")  # pathlib makes one slash of two
 _METADATA = re.compile(
     r"zarr\.json|tokenizer\.json|(rows|teacher[12])/(\w+/)?zarr\.json|commits/[\w-]+\.json"
 )
