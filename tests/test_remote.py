@@ -20,8 +20,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from logitcache import as_torch_dataset, build, open_store, remote
+from logitcache.cli import cli as store_cli
 from logitcache.errors import ResourceError, StoreError
 
 
@@ -158,12 +160,18 @@ def shards_seen() -> list[str]:
     return [path for path in Proxy.seen if "/c." in path]
 
 
-def test_a_remote_store_reads_as_the_local_one_and_each_file_is_fetched_once(uploaded, built):
+def test_a_remote_store_reads_as_the_local_one_and_each_file_is_fetched_once(
+    uploaded, built, tmp_path
+):
     open_store(uploaded)
     assert shards_seen() == []  # opening fetches no shard
     assert_same(uploaded, built.path)
     fetched = shards_seen()
     assert len(fetched) == len(set(fetched)) == sum(1 for _ in built.path.rglob("c.*"))
+    exported = CliRunner().invoke(
+        store_cli, ["export", uploaded, "--to", "parquet", "--out", str(tmp_path / "parquet")]
+    )
+    assert exported.exit_code == 0, exported.output
     assert_same(Path(uploaded), built.path)  # pathlib takes one of the slashes
     assert shards_seen() == fetched
 
@@ -238,8 +246,6 @@ def test_spawned_data_workers_read_it_and_forked_ones_say_why_not(uploaded, buil
 
 
 def test_training_reads_a_remote_store(uploaded, built, tmp_path):
-    from click.testing import CliRunner
-
     from distill.cli import cli
 
     out = tmp_path / "out"
