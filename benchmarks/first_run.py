@@ -120,7 +120,7 @@ def run(
     held_out = _command(
         *build,
         *("--data", f"{data}/heldout.jsonl", "--out", f"{out}/heldout-store"),
-        *("--estimator", "topk", "--top-k", "256", "--min-prob", "0"),
+        *("--estimator", "topk", "--top-k", "256", "--min-prob", "0", "--precision", "high"),
     )
     settings = [
         f"max_steps={steps}",

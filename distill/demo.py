@@ -60,7 +60,7 @@ def demo_commands(out: Path) -> list[list[str]]:
     teachers = ["--teacher1", str(TEACHER1), "--teacher2", str(TEACHER2)]
     shape = ["--seq-len", str(SEQ_LEN), "--set", "device=cpu"]
     build = ["logitcache", "build", *teachers]
-    held_out = ["--estimator", "topk", "--top-k", "256", "--min-prob", "0"]
+    held_out = ["--estimator", "topk", "--top-k", "256", "--min-prob", "0", "--precision", "high"]
     settings = [f"{key}={value}" for key, value in TRAIN_SETTINGS.items()]
     return [
         [

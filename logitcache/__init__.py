@@ -9,11 +9,21 @@ if TYPE_CHECKING:
     from .config import BuildConfig
     from .errors import LogitCacheError
     from .reader import StoreReader, TeacherBatch, open_store
+    from .torch_dataset import as_torch_dataset
 
-__all__ = ["BuildConfig", "LogitCacheError", "StoreReader", "TeacherBatch", "build", "open_store"]
+__all__ = [
+    "BuildConfig",
+    "LogitCacheError",
+    "StoreReader",
+    "TeacherBatch",
+    "as_torch_dataset",
+    "build",
+    "open_store",
+]
 
 # Loaded on first use: `logitcache --help` must not import zarr, and info not torch.
 _HOME = {
+    "as_torch_dataset": "torch_dataset",
     "build": "builder",
     "BuildConfig": "config",
     "LogitCacheError": "errors",

@@ -12,32 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .codec import frequency_rank
 from .config import BuildConfig, build_config
 from .documents import Document, input_files, read_documents
 from .errors import InputError, Interrupted, ResourceError, StoreError, UsageError
 from .files import clear_folder, file_sha256, lock, to_json, write_atomic
+from .layout import FORMAT, TEACHERS, shard_rows
 from .packing import Rows, pack
-from .store import (
-    FORMAT,
-    TEACHERS,
-    Store,
-    create_store,
-    create_teacher,
-    is_store,
-    load_store,
-    shard_rows,
-    write_rows,
-)
+from .store import Store, create_store, create_teacher, is_store, load_store, write_rows
 
 log = logging.getLogger(__name__)
 
 TEMPERATURES = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
 # For --dry-run, before any teacher ran: bytes per entry as measured on text with estimator
-# "sampled", and entries at the default thresholds (DESIGN section 5); statistics take about 18
+# "sampled", and entries at the default thresholds (DESIGN section 5); fields take about 8
 # bytes a token.
-_BYTES_PER_ENTRY, _BYTES_PER_STATISTICS = 2.3, 18
-_MOST_ENTRIES = 256
+_BYTES_PER_ENTRY, _BYTES_PER_FIELDS = 1.5, 8
+_MOST_ENTRIES = 255
 
 
 @dataclass(frozen=True)
@@ -75,34 +65,41 @@ def build(
     check_out(config, fresh)
     planned = plan(config, stop)
     config.out.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with _locked(config):
+    with locked(config):
         if fresh and is_store(config.out):
             _delete(config.out)
-        with lock(config.out / "create.lock", wait=True):  # workers that start at once
-            store = _open_or_create(config.out, planned)
-        work = _work(store, planned, config)
-        for part, shards in work.items():
-            if part == "rows":
-                for shard in shards:
-                    write_rows(store, planned.rows, shard)
-                continue
-            if not shards:
-                continue
-            from .teacher import TeacherRun
-
-            run = TeacherRun(planned.folders[part], part, store, planned.rows, config, report)
-            for done, shard in enumerate(shards):
-                if not run.shard(shard, stop):
-                    raise Interrupted(
-                        f"{config.out}: stopped; {part}: {done} of {len(shards)} "
-                        "shards written this time",
-                        "run the same command again to continue",
-                    )
-            run.close()
-        if any(work.values()):
-            _write_record(config, time.monotonic() - started)
+        build_planned(config, planned, report, stop)
     return load_store(config.out)
+
+
+def build_planned(
+    config: BuildConfig, planned: Plan, report: Report | None, stop: Callable[[], bool]
+) -> None:
+    """Make what a store lacks of a plan; the caller holds its lock."""
+    started = time.monotonic()
+    with lock(config.out / "create.lock", wait=True):  # workers that start at once
+        store = _open_or_create(config.out, planned)
+    work = _work(store, planned, config)
+    for part, shards in work.items():
+        if part == "rows":
+            for shard in shards:
+                write_rows(store, planned.rows, shard)
+            continue
+        if not shards:
+            continue
+        from .teacher import TeacherRun
+
+        run = TeacherRun(planned.folders[part], part, store, planned.rows, config, report)
+        for done, shard in enumerate(shards):
+            if not run.shard(shard, stop):
+                raise Interrupted(
+                    f"{config.out}: stopped; {part}: {done} of {len(shards)} "
+                    "shards written this time",
+                    "run the same command again to continue",
+                )
+        run.close()
+    if any(work.values()):
+        _write_record(config, time.monotonic() - started)
 
 
 def check_out(config: BuildConfig, fresh: bool) -> None:
@@ -125,7 +122,7 @@ def check_out(config: BuildConfig, fresh: bool) -> None:
         # A build that was killed while it created the store left some of these names, and no
         # manifest.
         others = {p.name for p in path.iterdir() if p.suffix not in (".lock", ".tmp")}
-        others -= {"commits", "tokenizer.json", "rows", "id_of_rank", *TEACHERS}
+        others -= {"commits", "tokenizer.json", "rows", *TEACHERS}
         if others:
             raise UsageError(
                 f"{path}: expected an empty folder or a store, found other files "
@@ -135,7 +132,7 @@ def check_out(config: BuildConfig, fresh: bool) -> None:
 
 
 @contextlib.contextmanager
-def _locked(config: BuildConfig) -> Iterator[None]:
+def locked(config: BuildConfig) -> Iterator[None]:
     """Hold the store for this process, or this worker's share of it."""
     index, count = config.worker
     with lock(config.out / "build.lock", shared=config.shard is not None):
@@ -244,20 +241,19 @@ def estimate_bytes(planned: Plan, config: BuildConfig) -> int:
     entries = {"topk": min(config.top_k, 30), "full": planned.manifest["vocab_size"]}.get(
         config.estimator, 30
     )
-    per_token = entries * _BYTES_PER_ENTRY + _BYTES_PER_STATISTICS
+    per_token = entries * _BYTES_PER_ENTRY + _BYTES_PER_FIELDS
     return int(planned.manifest["tokens"] * (len(planned.folders) * per_token + 3))
 
 
 def _open_or_create(path: Path, planned: Plan) -> Store:
     if not is_store(path):
-        id_of_rank, _ = frequency_rank(planned.rows.tokens, planned.manifest["vocab_size"])
-        store = create_store(path, planned.manifest, planned.tokenizer, id_of_rank)
+        store = create_store(path, planned.manifest, planned.tokenizer)
     else:
         store = load_store(path)
-        _refuse_other(path, "", store.manifest, planned.manifest)
+        refuse_other(path, "", store.manifest, planned.manifest)
         for name in set(store.teachers) & set(planned.teachers):
             if any(store.commit(name, shard) for shard in range(len(store.ranges))):
-                _refuse_other(path, f"{name}: ", store.teachers[name], planned.teachers[name])
+                refuse_other(path, f"{name}: ", store.teachers[name], planned.teachers[name])
     for name in TEACHERS:
         # Also one that failed to load and has changed since: nothing of it is in the store.
         if name in planned.teachers and store.teachers.get(name) != planned.teachers[name]:
@@ -265,7 +261,7 @@ def _open_or_create(path: Path, planned: Plan) -> Store:
     return store
 
 
-def _refuse_other(
+def refuse_other(
     path: Path, where: str, found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
     found, wanted = _flat(found), _flat(wanted)
@@ -315,11 +311,14 @@ def _delete(path: Path) -> None:
     clear_folder(path)
 
 
-def _write_record(config: BuildConfig, seconds: float) -> None:
+def record_path(out: Path) -> Path:
     """The run record lies beside the store, which itself holds no time, host or path."""
+    return out.with_name(out.name + ".run.json")
+
+
+def _write_record(config: BuildConfig, seconds: float) -> None:
     from .environment import describe_environment
 
-    path = config.out.with_name(config.out.name + ".run.json")
     record = {
         "command": "logitcache build",
         "config": config.model_dump(mode="json"),
@@ -327,4 +326,4 @@ def _write_record(config: BuildConfig, seconds: float) -> None:
         "seconds": round(seconds, 1),
     }
     with contextlib.suppress(PermissionError):  # the store is what was asked for
-        write_atomic(path, to_json(record))
+        write_atomic(record_path(config.out), to_json(record))

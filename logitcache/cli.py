@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +128,125 @@ def info(options: Options, store: Path) -> None:
 
     document = describe_store(store)
     options.result(document, render_info(document))
+
+
+@cli.command()
+@click.argument("store", type=Path)
+@click.option(
+    "--rescore", type=click.IntRange(min=1), metavar="N", help="Run the teachers on N rows again."
+)
+@click.option("--teacher1", type=Path, help="--rescore: folder; that of the build unless given.")
+@click.option("--teacher2", type=Path, help="--rescore: folder; that of the build unless given.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="--rescore: draws the rows.")
+@common_options
+def verify(
+    options: Options, store: Path, rescore: int | None, seed: int, **folders: Path | None
+) -> None:
+    """Check a store: every byte against the journal, every value against the format.
+
+    --rescore then compares what N rows hold with what the teachers say of them now, beside what
+    quantisation and the numeric noise of this machine account for.
+
+    Exit code 4 if anything is damaged or missing, with its rows and documents, or differs.
+    """
+    from .errors import StoreError
+    from .info import describe_findings, render_findings
+    from .progress import every_30_s
+    from .store import load_store
+    from .verify import verify_store
+
+    if rescore is None and any(folders.values()):
+        raise click.UsageError("--teacher1 and --teacher2 are for --rescore N")
+    models = None
+    if rescore is not None:
+        from .rescore import rescore_drawn, teacher_folders
+
+        quiet_libraries()
+        with contextlib.suppress(StoreError):  # which verify_store finds again
+            models = teacher_folders(load_store(store), folders)  # before all that takes long
+    found, findings = verify_store(store)
+    document = describe_findings(store, found, findings)
+    text = render_findings(document)
+    failed = bool(findings)
+    if rescore is not None and found is not None and models is not None and not findings:
+        show = every_30_s(lambda done, rows: options.note(f"rescore: {done} of {rows} rows"))
+        with stop_on_signal() as stop:
+            rescored = rescore_drawn(found, models, rescore, seed, report=show, stop=stop)
+        document["rescore"] = rescored.describe()
+        text += "\n" + rescored.render()
+        failed = not rescored.alike
+    options.result(document, text)
+    if failed:
+        raise click.exceptions.Exit(4)
+
+
+@cli.command(cls=ManyFiles)
+@click.argument("store", type=Path)
+@click.option("--teacher1", type=Path, help="Model folder; that of the build unless given.")
+@click.option("--teacher2", type=Path, help="Model folder; that of the build unless given.")
+@click.option("--data", type=Path, multiple=True, help="Files; those of the build unless given.")
+@click.option("--config", type=Path, help="YAML or JSON file of settings.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
+@common_options
+def repair(
+    options: Options,
+    store: Path,
+    config: Path | None,
+    assignments: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Make again what is damaged or missing, with the teachers, and touch nothing else.
+
+    The settings are those of STORE.run.json, which build wrote beside the store.
+    """
+    from .config import read_settings
+    from .info import describe_findings
+    from .progress import BuildProgress
+    from .repair import repair as run_repair
+    from .repair import repair_settings
+
+    quiet_libraries()
+    settings = repair_settings(store, read_settings(config, assignments, flags))
+    with stop_on_signal() as stop, BuildProgress(options.quiet) as progress:
+        repaired, findings = run_repair(settings, report=progress, stop=stop)
+    document = describe_findings(store, repaired, findings)
+    shards = {(f.part, f.shard) for f in findings if f.shard is not None}
+    text = f"{store}: {len(findings)} problems repaired, {len(shards)} shards made again"
+    if not findings:
+        text = f"{store}: nothing is damaged; nothing was changed"
+    options.result({"repaired": document.pop("findings"), **document, "whole": True}, text)
+
+
+@cli.command()
+@click.argument("store", type=Path)
+@click.option("--to", "kind", type=click.Choice(["parquet"]), required=True, help="The format.")
+@click.option("--out", type=Path, required=True, help="Folder to make.")
+@common_options
+def export(options: Options, store: Path, kind: str, out: Path) -> None:
+    """Write a store as Parquet files, which datasets, pandas or Spark can read.
+
+    One record per row: tokens, labels, and per teacher and position ids, logp and inclusion.
+    """
+    from .export import export_parquet
+    from .progress import every_30_s
+
+    with stop_on_signal() as stop:
+        show = every_30_s(lambda done, rows: options.note(f"export: {done} of {rows} rows"))
+        made = export_parquet(store, out, report=show, stop=stop)
+    if not made.written:
+        options.note(f"{out}: already exported; nothing was changed")
+    document = {
+        "store": str(store),
+        "output": str(out),
+        "format": kind,
+        "rows": made.rows,
+        "files": made.files,
+        "bytes": made.size_bytes,
+        "written": made.written,
+    }
+    text = f"{out}: {made.rows:,} rows, {made.files} files, {made.size_bytes:,} bytes\n"
+    text += f'next: datasets.load_dataset("parquet", data_dir="{out}")'
+    options.result(document, text)
 
 
 def main() -> None:

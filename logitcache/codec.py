@@ -1,163 +1,320 @@
-"""Supports and statistics as integers: the layout of a store's arrays, without torch or files.
+"""The transform before zarr's codecs: one row's supports as byte planes. No torch, no files.
 
-Per position the kept ids are replaced by their rank in the corpus's frequency order (frequent
-tokens have small ranks), split into certain and sampled ones, and each group is stored as rising
-ranks: the first rank, then the gaps minus one. Values, precision "standard": certain entries
-round(255 sqrt p), which is uniform in the Fisher metric; sampled entries round(-8 logp). Precision
-"high": logp as float16.
+A row has L positions, each with certain and sampled entries (DESIGN section 5). Both kinds lie end
+to end, position by position, as byte planes of equal length, which zstd packs well:
 
-Statistics are 16-bit fixed point, see SCALES. Shape suffixes: P positions, K entries.
+* Certain entries, by rising rank of their id in the shard's frequency order: the planes of the gap
+  to the rank before (rank - rank before - 1; the first has its rank itself), lowest byte first,
+  then a level: 0 for the position's top-1 entry, whose logp is the field top1, else one of the
+  level table. With a floor (plain top-k) levels count from the position's last one down.
+* Sampled entries, by rising block of eight ids: the bytes, lowest first, of the word
+
+      value | (gap & m) << b | (gap >> (8 - b) & 255) << 8 | place << 16 | gap >> (16 - b) << 19
+
+  with gap = block - block before, place that of the id in its block, value of b bits = flat << b-1
+  | round(-logp / step + d), d the entry's dither, and m = 2^(8 - b) - 1. Bits are dealt out so that
+  no plane is so regular that zstd wastes matches on it. Precision "standard": b = 5, step 3, places
+  in the order of ``draws``. "high": b = 8, step 1/2, places those of the ids themselves.
+  flat says that max(p, p^S) is p itself: the inclusion is p / threshold, and at T = 1 the target's
+  share is the threshold, whatever was rounded. It is p^S / threshold elsewhere.
+
+What is certain is never decided by a rounded value. Error of logp, before the reader makes the
+whole add up to 1 (``LevelTable`` has the certain ones' proof):
+
+    precision   certain, large p         certain, small p    sampled
+    standard    1/48 of sqrt(p)          1/2 nat             3/2 nat, uniform, of mean 0
+    high        1/200 of sqrt(p)         1/12 nat            1/4 nat, uniform, of mean 0
+
+(sampled ones down to -42 and -63 nats). An estimate weighs a sampled entry by p^(1/T) / inclusion:
+its exponent of p is x = 1/T - 1 where flat, else 1/T - 1/S, and the mean of exp(x error) over the
+dither is sinh(x s / 2) / (x s / 2) for the step s, so a reader divides by that and has no bias.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-# Steps per unit: top-1 and gold logp up to 32 nats, entropy up to 16, tail log-partition within
-# +-64.
-LOGP_STEPS, ENTROPY_STEPS, PARTITION_STEPS = 2048, 4096, 512
-_PARTITION_ZERO = 32768
-ABSENT = 65535  # of a logp: there is none
-_SAMPLED_STEPS = 8
+from .draws import BLOCK, from_order, to_order
+from .errors import StoreError
+from .levels import LevelTable, dither
+
+_U32 = np.uint32
+_FIXED = 1 << 17  # steps per nat while entries are sorted
+TOP = 0  # the level that marks the top-1 entry
 
 
-def pack_logp(logp: np.ndarray) -> np.ndarray:
-    """Round -logp to 1/2048 nat in uint16; NaN becomes ABSENT, below -32 the smallest that there
-    is."""
-    fixed = np.clip(
-        np.rint(-np.nan_to_num(logp, nan=0.0, neginf=-64.0) * LOGP_STEPS), 0, ABSENT - 1
-    )
-    return np.where(np.isnan(logp), ABSENT, fixed).astype(np.uint16)
+@dataclass(frozen=True)
+class Precision:
+    """Constants of one precision. ordered: whether places in blocks are those of ``draws``."""
+
+    table: LevelTable
+    sampled_step: float
+    value_bits: int
+    ordered: bool
+
+    @property
+    def flat_bit(self) -> int:
+        return 1 << (self.value_bits - 1)
 
 
-def unpack_logp(fixed: np.ndarray) -> np.ndarray:
-    return np.where(fixed == ABSENT, np.nan, fixed / np.float32(-LOGP_STEPS)).astype(np.float32)
+PRECISIONS = {
+    "standard": Precision(LevelTable(1 / 24, 1.0, first=1), 3.0, 5, True),
+    "high": Precision(LevelTable(1 / 100, 1 / 6, first=1), 0.5, 8, False),
+}
+# Plain top-k keeps many entries so small that a step of 2 nats does: 2.5 bytes less at k = 64.
+_FLOOR_TABLE = LevelTable(1 / 35, 2.0, first=1)
 
 
-def pack_entropy(entropy: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(entropy * ENTROPY_STEPS), 0, 65535).astype(np.uint16)
+def has_floor(attributes: Mapping[str, Any]) -> bool:
+    """Whether a teacher's entries reach down to any probability: levels count from a floor."""
+    return attributes["estimator"] != "sampled" and attributes["min_prob"] == 0
 
 
-def unpack_entropy(fixed: np.ndarray) -> np.ndarray:
-    return fixed / np.float32(ENTROPY_STEPS)
+def level_table(precision: str, floor: bool) -> LevelTable:
+    """The table of certain entries' levels."""
+    return _FLOOR_TABLE if floor and precision == "standard" else PRECISIONS[precision].table
 
 
-def pack_partition(tail: np.ndarray) -> np.ndarray:
-    """Round a tail's log-partition to 1/512 nat in uint16; 0 is minus infinity, an empty tail."""
-    fixed = np.rint(np.nan_to_num(tail, neginf=0.0) * PARTITION_STEPS) + _PARTITION_ZERO
-    return np.where(np.isneginf(tail), 0, np.clip(fixed, 1, 65535)).astype(np.uint16)
+def gap_planes(largest: int) -> int:
+    """Bytes that a number up to ``largest`` takes."""
+    return max((largest.bit_length() + 7) // 8, 1)
 
 
-def unpack_partition(fixed: np.ndarray) -> np.ndarray:
-    value = (fixed.astype(np.float32) - _PARTITION_ZERO) / PARTITION_STEPS
-    return np.where(fixed == 0, -np.inf, value).astype(np.float32)
+def certain_planes(vocab_size: int) -> int:
+    return gap_planes(vocab_size - 1) + 1
 
 
-def frequency_rank(tokens: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Give (id_of_rank, rank_of_id), uint32: ids by falling count in tokens, ties by the lower
-    id."""
-    counts = np.bincount(tokens.ravel(), minlength=vocab_size)[:vocab_size]
-    id_of_rank = np.argsort(-counts, kind="stable").astype(np.uint32)
-    rank_of_id = np.empty(vocab_size, dtype=np.uint32)
-    rank_of_id[id_of_rank] = np.arange(vocab_size, dtype=np.uint32)
-    return id_of_rank, rank_of_id
-
-
-def num_gap_planes(vocab_size: int) -> int:
-    """Bytes that a gap takes: one array each, the lowest first."""
-    return max((int(vocab_size - 1).bit_length() + 7) // 8, 1)
+def sampled_planes(vocab_size: int, precision: str) -> int:
+    gap_bits = ((vocab_size - 1) // BLOCK).bit_length()
+    high_bits = max(gap_bits - (16 - PRECISIONS[precision].value_bits), 0)
+    return 2 + (3 + high_bits + 7) // 8
 
 
 @dataclass(frozen=True)
 class Entries:
-    """Flat entries of P positions: first each position's certain ones, then its sampled ones, ranks
-    rising.
+    """Entries of one kind at P positions, end to end.
 
-    counts: uint16 [P, 2]. gaps: uint32 [E]. levels: uint8 or float16 [E].
+    count_P: int64. ids: uint32 [E]. logp: float32 [E]. flat: bool [E], of sampled ones; else None.
     """
 
-    counts: np.ndarray
-    gaps: np.ndarray
-    levels: np.ndarray
+    count_P: np.ndarray
+    ids: np.ndarray
+    logp: np.ndarray
+    flat: np.ndarray | None = None
+
+    def __getitem__(self, positions: slice) -> Entries:
+        ends = np.concatenate(([0], self.count_P.cumsum()))
+        part = slice(ends[positions.start], ends[positions.stop])
+        flat = None if self.flat is None else self.flat[part]
+        return Entries(self.count_P[positions], self.ids[part], self.logp[part], flat)
 
 
-def level_dtype(precision: str) -> np.dtype:
-    return np.dtype(np.uint8 if precision == "standard" else np.float16)
+def _split(values: np.ndarray, planes: np.ndarray) -> None:
+    """Write the bytes of values, lowest first, into rows of planes."""
+    for number, plane in enumerate(planes):
+        plane[:] = (values >> _U32(8 * number)) & _U32(0xFF)
 
 
-def encode(
-    ids_PK: np.ndarray,
-    logp_PK: np.ndarray,
-    certain_PK: np.ndarray,
-    rank_of_id: np.ndarray,
+def _join(planes: np.ndarray) -> np.ndarray:
+    """Undo _split; uint32 [E]."""
+    values = planes[0].astype(np.uint32)
+    for number, plane in enumerate(planes[1:], start=1):
+        if number < 2 or plane.any():
+            part = plane.astype(np.uint32)
+            part <<= _U32(8 * number)
+            values |= part
+    return values
+
+
+def _starts(count_P: np.ndarray) -> np.ndarray:
+    return count_P.cumsum() - count_P
+
+
+def _gaps(values: np.ndarray, count_P: np.ndarray, between: int) -> np.ndarray:
+    """Rising values of each position as gaps, ``between`` less than the difference."""
+    gaps = values.copy()
+    gaps[1:] -= values[:-1] + _U32(between)
+    first = _starts(count_P)[count_P > 0]
+    gaps[first] = values[first]
+    return gaps
+
+
+def _running(gaps: np.ndarray, count_P: np.ndarray, between: int) -> np.ndarray:
+    """Undo _gaps, in place."""
+    if between:
+        gaps += _U32(between)
+    np.cumsum(gaps, out=gaps)
+    ends = count_P.cumsum()
+    before_P = np.zeros(len(count_P), np.uint32)
+    if len(gaps):
+        before_P[1:] = np.where(ends[:-1] > 0, gaps[np.maximum(ends[:-1], 1) - 1], 0)
+    if between:
+        before_P += _U32(between)
+    gaps -= np.repeat(before_P, count_P)
+    return gaps
+
+
+def _sorted(keys: np.ndarray, count_P: np.ndarray) -> np.ndarray:
+    """Sort the keys (uint32) within each position."""
+    positions = np.repeat(np.arange(len(count_P), dtype=np.uint64), count_P)
+    whole = (positions << np.uint64(32)) | keys
+    whole.sort()
+    return whole.astype(np.uint32)
+
+
+def encode_certain(
+    entries: Entries, top1_P: np.ndarray, rank_of_id: np.ndarray, precision: str, floor: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give the planes, uint8 [planes, E], the floors, uint8 [P] (zeros without floor), and the logp
+    that a reader will find, float32 [E] in the order of ``entries``.
+
+    The first of a position's entries must be its top-1, which a reader finds as top1_P says.
+    """
+    count_P, table = entries.count_P, level_table(precision, floor)
+    levels = table.encode(entries.logp)
+    has = count_P > 0
+    first = _starts(count_P)[has]
+    levels += table.logp.take(levels) > np.repeat(top1_P, count_P)  # no other one is larger
+    logp = table.logp.take(levels)
+    logp[first] = top1_P[has]
+    levels[first] = TOP
+    floor_P = np.zeros(len(count_P), np.uint8)
+    if floor and len(levels):
+        floor_P[has] = np.maximum.reduceat(levels, first)
+        levels = np.where(levels == TOP, TOP, np.repeat(floor_P, count_P) - levels + 1)
+    keys = _sorted((rank_of_id[entries.ids] << _U32(8)) | levels, count_P)
+    planes = np.empty((certain_planes(len(rank_of_id)), len(keys)), np.uint8)
+    planes[-1] = keys & _U32(0xFF)
+    _split(_gaps(keys >> _U32(8), count_P, 1), planes[:-1])
+    return planes, floor_P, logp
+
+
+def decode_certain(
+    planes: np.ndarray,
+    count_P: np.ndarray,
+    floor_P: np.ndarray | None,
+    top1_P: np.ndarray,
+    id_of_rank: np.ndarray,
     precision: str,
 ) -> Entries:
-    """Encode supports; ids of -1 are padding."""
-    width = ids_PK.shape[1]
-    used_PK = ids_PK >= 0
-    vocab_size = len(rank_of_id)
-    # One sort orders certain before sampled before padding, by rank within each.
-    rank_PK = rank_of_id[np.where(used_PK, ids_PK, 0)].astype(np.int64)
-    group_PK = np.where(used_PK, np.where(certain_PK, 0, 1), 2)
-    key_PK = group_PK * vocab_size + rank_PK
-    order_PK = np.argsort(key_PK, axis=1, kind="stable")
-    key_PK = np.take_along_axis(key_PK, order_PK, axis=1)
-    logp_PK = np.take_along_axis(logp_PK, order_PK, axis=1)
-    counts = np.stack(((group_PK == 0).sum(1), (group_PK == 1).sum(1)), axis=1)
-
-    gap_PK = key_PK.copy()
-    gap_PK[:, 1:] -= key_PK[:, :-1] + 1
-    column = np.arange(width)
-    first_PK = (column == 0) | (column == counts[:, :1])  # groups begin anew with a rank
-    gap_PK = np.where(first_PK, key_PK % vocab_size, gap_PK)
-    sampled_PK = column >= counts[:, :1]
-    kept_PK = column < counts.sum(1, keepdims=True)
-    return Entries(
-        counts.astype(np.uint16),
-        gap_PK[kept_PK].astype(np.uint32),
-        _to_levels(logp_PK[kept_PK], sampled_PK[kept_PK], precision),
-    )
+    """Undo encode_certain. top1_P: float32, the top-1 entries' logp."""
+    ranks = _running(_join(planes[:-1]), count_P, 1)
+    if len(ranks) and int(ranks.max()) >= len(id_of_rank):
+        raise StoreError(f"a rank is {ranks.max()}, there are {len(id_of_rank)} token ids")
+    levels = planes[-1]
+    top = np.flatnonzero(levels == TOP)
+    has = count_P > 0
+    if len(top) != np.count_nonzero(has):
+        raise StoreError(f"{len(top)} top-1 entries at {np.count_nonzero(has)} positions")
+    if floor_P is not None:
+        levels = np.repeat(floor_P, count_P) - levels + np.uint8(1)
+    logp = level_table(precision, floor_P is not None).logp.take(levels)
+    logp[top] = top1_P[has]
+    return Entries(count_P, id_of_rank.take(ranks, mode="clip"), logp)
 
 
-def _to_levels(logp: np.ndarray, sampled: np.ndarray, precision: str) -> np.ndarray:
-    if precision == "high":
-        return np.maximum(logp, -65000.0).astype(np.float16)
-    certain_level = np.clip(np.rint(255.0 * np.exp(0.5 * logp)), 1, 255)
-    sampled_level = np.clip(np.rint(np.maximum(logp, -64.0) * -_SAMPLED_STEPS), 0, 255)
-    return np.where(sampled, sampled_level, certain_level).astype(np.uint8)
+def encode_sampled(
+    entries: Entries, keys_P: np.ndarray, vocab_size: int, precision: str
+) -> np.ndarray:
+    """Give the planes, uint8 [planes, E]. keys_P: of ``draws.position_keys``."""
+    constants, count_P = PRECISIONS[precision], entries.count_P
+    assert entries.flat is not None
+    places = entries.ids
+    if constants.ordered:
+        places = to_order(np.repeat(keys_P, count_P), entries.ids)
+    # One sort carries the values along, -logp as fixed point; gathering by an order takes longer.
+    fixed = np.clip(entries.logp * np.float32(-_FIXED), 0, _FIXED * 64 - 1).astype(np.uint64)
+    keys = np.repeat(np.arange(len(count_P), dtype=np.uint64), count_P) << np.uint64(44)
+    keys |= places.astype(np.uint64) << np.uint64(24)
+    keys |= (fixed << np.uint64(1)) | entries.flat
+    keys.sort()
+    places = (keys >> np.uint64(24)).astype(np.uint32) & _U32((1 << 20) - 1)
+    low = keys.astype(np.uint32) & _U32((1 << 24) - 1)
+    level = (low >> _U32(1)).astype(np.float32) / np.float32(_FIXED * constants.sampled_step)
+    level += dither(len(level))
+    value = np.clip(np.rint(level), 0, constants.flat_bit - 1).astype(np.uint32)
+    value |= (low & _U32(1)) << _U32(constants.value_bits - 1)
+    gaps, bits = _gaps(places >> _U32(3), count_P, 0), constants.value_bits
+    value |= (gaps << _U32(bits)) & _U32(0xFF)
+    value |= ((gaps >> _U32(8 - bits)) & _U32(0xFF)) << _U32(8)
+    value |= (places & _U32(BLOCK - 1)) << _U32(16)
+    value |= (gaps >> _U32(16 - bits)) << _U32(19)
+    planes = np.empty((sampled_planes(vocab_size, precision), len(value)), np.uint8)
+    _split(value, planes)
+    return planes
 
 
-def decode(entries: Entries, id_of_rank: np.ndarray, precision: str) -> tuple[np.ndarray, ...]:
-    """Give ids_PK (int32, -1 padding), logp_PK (float32, -inf padding) and certain_PK (bool).
+def decode_sampled(
+    planes: np.ndarray, count_P: np.ndarray, keys_P: np.ndarray, vocab_size: int, precision: str
+) -> Entries:
+    """Undo encode_sampled."""
+    constants = PRECISIONS[precision]
+    word, bits = _join(planes), constants.value_bits
+    blocks = word >> _U32(8)
+    blocks &= _U32(0xFF)
+    blocks <<= _U32(8 - bits)
+    low = planes[0] >> np.uint8(bits) if bits < 8 else None
+    if low is not None:
+        blocks |= low
+    high = word >> _U32(19)
+    if high.any():
+        blocks |= high << _U32(16 - bits)
+    _running(blocks, count_P, 0)
+    word >>= _U32(16)
+    word &= _U32(BLOCK - 1)
+    if constants.ordered:
+        ids = from_order(np.repeat(keys_P, count_P), blocks, word)
+    else:
+        ids = blocks << _U32(3) | word
+    if len(ids) and int(ids.max()) >= vocab_size:
+        raise StoreError(f"an id is {ids.max()}, there are {vocab_size} token ids")
+    flat = (planes[0] & np.uint8(constants.flat_bit)).astype(bool)
+    logp = (planes[0] & np.uint8(constants.flat_bit - 1)).astype(np.float32)
+    logp -= dither(len(logp))
+    logp *= np.float32(-constants.sampled_step)
+    return Entries(count_P, ids, logp, flat)
 
-    logp is as stored: the reader sets the largest to the stored top-1 and makes the whole add up to
-    1.
+
+def dither_gain(exponent: float, precision: str) -> float:
+    """Mean of exp(exponent * error of a sampled entry's logp)."""
+    half = exponent * PRECISIONS[precision].sampled_step / 2
+    return float(np.sinh(half) / half) if half else 1.0
+
+
+def frequency_order(ids: np.ndarray, vocab_size: int, length: int) -> np.ndarray:
+    """Ids by falling count in ids, the ``length`` most frequent ones; then the others, rising.
+
+    uint32 [V]. Ties go to the lower id.
     """
-    counts = entries.counts.astype(np.int64)
-    total_P = counts.sum(1)
-    num_positions, width = len(counts), max(int(total_P.max(initial=0)), 1)
-    column = np.arange(width)
-    kept_PK = column < total_P[:, None]
-    certain_PK = column < counts[:, :1]
-    gap_PK = np.zeros((num_positions, width), dtype=np.int64)
-    gap_PK[kept_PK] = entries.gaps
-    # rank = running sum of (gap + 1) - 1 within a group: take off the sum at the end of the certain
-    # group.
-    running_PK = (gap_PK + 1).cumsum(1)
-    last = np.maximum(counts[:, :1] - 1, 0)
-    before_P1 = np.where(counts[:, :1] > 0, np.take_along_axis(running_PK, last, axis=1), 0)
-    rank_PK = running_PK - 1 - np.where(certain_PK, 0, before_P1)
-    ids_PK = np.full((num_positions, width), -1, dtype=np.int32)
-    ids_PK[kept_PK] = id_of_rank[rank_PK[kept_PK]]
-    logp_PK = np.full((num_positions, width), -np.inf, dtype=np.float32)
-    logp_PK[kept_PK] = _from_levels(entries.levels, ~certain_PK[kept_PK], precision)
-    return ids_PK, logp_PK, certain_PK
+    counts = np.bincount(ids, minlength=vocab_size)
+    frequent = np.argsort(-counts, kind="stable")[:length]
+    others = np.ones(vocab_size, bool)
+    others[frequent] = False
+    return np.concatenate((frequent, np.flatnonzero(others))).astype(np.uint32)
 
 
-def _from_levels(levels: np.ndarray, sampled: np.ndarray, precision: str) -> np.ndarray:
-    if precision == "high":
-        return levels.astype(np.float32)
-    value = levels.astype(np.float32)
-    return np.where(sampled, value / -_SAMPLED_STEPS, 2.0 * np.log(np.maximum(value, 1) / 255.0))
+def inverse(id_of_rank: np.ndarray) -> np.ndarray:
+    rank_of_id = np.empty_like(id_of_rank)
+    rank_of_id[id_of_rank] = np.arange(len(id_of_rank), dtype=np.uint32)
+    return rank_of_id
+
+
+def encode_order(id_of_rank: np.ndarray) -> np.ndarray:
+    """The order as byte planes of its differences modulo 2^24: uint8 [3, V]."""
+    planes = np.empty((3, len(id_of_rank)), np.uint8)
+    _split(np.diff(id_of_rank, prepend=_U32(0)) & _U32(0xFFFFFF), planes)
+    return planes
+
+
+def decode_order(planes: np.ndarray) -> np.ndarray:
+    """Undo encode_order. StoreError if it does not name each id once."""
+    id_of_rank = np.cumsum(_join(planes), dtype=np.uint32) & _U32(0xFFFFFF)
+    seen = np.zeros(len(id_of_rank), bool)
+    seen[id_of_rank[id_of_rank < len(seen)]] = True
+    if not seen.all():
+        raise StoreError("the frequency order does not name each token id once")
+    return id_of_rank

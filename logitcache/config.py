@@ -102,9 +102,9 @@ class BuildConfig(BaseModel):
     threshold: float = Field(0.05, ge=1e-6, le=1, description="sampled: inclusion is r / threshold")
     sample_temperature: float = Field(2.0, ge=1, le=4, description="sampled: largest T of training")
     top_k: int = Field(128, ge=1, le=256, description="topk: entries kept at most")
-    precision: Literal["standard", "high"] | None = Field(
-        None,
-        description="of kept probabilities: 8 bits or float16; standard unless tiny ones are kept",
+    precision: Literal["standard", "high"] = Field(
+        "standard",
+        description="of kept probabilities: KL of rounding some 3e-3, or below 5e-4",
     )
     seq_len: int = Field(2048, ge=2, le=1 << 20, description="tokens in a row")
     seed: int = Field(0, ge=0, lt=1 << 63, description="of the sampled estimator")
@@ -131,13 +131,6 @@ class BuildConfig(BaseModel):
                 values["min_prob"] = {"topk": 0.002, "full": 0.0}.get(
                     str(values.get("estimator", "sampled")), 0.005
                 )
-            if values.get("precision") is None:
-                # An 8-bit step of sqrt(p) is 1/255: below 1e-3 that is 12 % of p and more.
-                try:
-                    tiny = float(values["min_prob"]) < 1e-3
-                except (TypeError, ValueError):
-                    tiny = False  # the field's own check says what is wrong
-                values["precision"] = "high" if tiny else "standard"
         return values
 
     @model_validator(mode="after")

@@ -36,6 +36,13 @@ def write_atomic(path: Path, content: str) -> None:
     fsync_path(path.parent)
 
 
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Give a finished folder its name, at which there is nothing or an empty folder; it is there
+    whole or not at all. What it holds must be on disk already."""
+    temporary.rename(path)
+    fsync_path(path.parent)
+
+
 def to_json(value: Any) -> str:
     """JSON text with a fixed order of keys, so that equal values are equal bytes."""
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .store import Store, load_store
+
+if TYPE_CHECKING:
+    from .verify import Finding
+
+_MOST_DOCUMENTS = 1000  # named of one damaged shard
 
 
 def _part_bytes(store: Store, part: str) -> int:
@@ -22,7 +27,7 @@ def describe_store(path: Path) -> dict[str, Any]:
         records = [store.commit(name, shard) for shard in range(len(store.ranges))]
         done = [record for record in records if record is not None]
         positions = sum(record["positions"] for record in done)
-        data_bytes = sum(f["bytes"] for record in done for f in record["files"].values())
+        data_bytes = _part_bytes(store, name)
         tokens = manifest["tokens"] * len(done) / max(len(records), 1)
         teachers.append(
             {
@@ -88,4 +93,43 @@ def render_info(info: dict[str, Any], shard: str | None = None) -> str:
         lines.append(f"next: share {shard} is done; build the other shares")
     elif not info["complete"]:
         lines.append("next: run the same build command again to finish it")
+    return "\n".join(lines)
+
+
+def describe_findings(path: Path, store: Store | None, findings: list[Finding]) -> dict[str, Any]:
+    """What ``verify`` found, with the rows and documents that cannot be trusted."""
+    from .verify import documents_in
+
+    listed = []
+    for finding in findings:
+        entry: dict[str, Any] = {
+            "part": finding.part,
+            "file": finding.file,
+            "problem": finding.problem,
+            "shard": finding.shard,
+            "rows": None if finding.rows is None else [finding.rows[0], finding.rows[1] - 1],
+        }
+        if store is not None and finding.rows is not None:
+            documents = documents_in(store, finding.rows)
+            entry["documents"] = documents[:_MOST_DOCUMENTS]
+            entry["num_documents"] = len(documents)
+        listed.append(entry)
+    return {"store": str(path), "whole": not findings, "findings": listed}
+
+
+def render_findings(document: dict[str, Any]) -> str:
+    """The findings as a person reads them."""
+    if document["whole"]:
+        return f"{document['store']}: whole: every file, checksum and value is as it should be"
+    lines = [f"{document['store']}: DAMAGED: {len(document['findings'])} problems"]
+    for entry in document["findings"]:
+        lines.append(f"  {entry['part']}: {entry['file']}: {entry['problem']}")
+        if entry["rows"] is not None:
+            line = f"    rows {entry['rows'][0]} to {entry['rows'][1]}"
+            if entry.get("num_documents"):
+                some = entry["documents"]
+                line += f", {entry['num_documents']} documents: {', '.join(map(str, some[:8]))}"
+                line += ", ..." if entry["num_documents"] > 8 else ""
+            lines.append(line)
+    lines.append(f"next: logitcache repair {document['store']}")
     return "\n".join(lines)

@@ -20,11 +20,15 @@ PADDING_SEGMENT = 0
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """tokens: int32; loss_mask: bool, which tokens are targets; gold: None where nobody said."""
+    """tokens: int32; loss_mask: bool, which tokens are targets; gold: None where nobody said.
+
+    number: of the document in the data, from 1; 0: its place among those that are packed.
+    """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     gold: bool | None
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,23 @@ class Rows:
     end).
 
     loss_mask and gold_mask speak of each token as a target: the position before it predicts it.
+    documents: number of each token's document in the data, from 1; 0 is padding. It names what is
+    damaged, and is no part of the training data's identity.
     """
 
     tokens: np.ndarray  # uint32 [N, L]
     segments: np.ndarray  # uint32 [N, L]
     loss_mask: np.ndarray  # bool [N, L]
     gold_mask: np.ndarray  # bool [N, L]
+    documents: np.ndarray  # uint32 [N, L]
 
     def __getitem__(self, index: slice | np.ndarray) -> Rows:
         return Rows(
-            self.tokens[index], self.segments[index], self.loss_mask[index], self.gold_mask[index]
+            self.tokens[index],
+            self.segments[index],
+            self.loss_mask[index],
+            self.gold_mask[index],
+            self.documents[index],
         )
 
     def fingerprint(self) -> str:
@@ -89,9 +100,9 @@ def pack(documents: Iterable[EncodedDocument], seq_len: int) -> Rows:
     All labels are gold if no document says so; else those of the documents that say so.
     """
     all_gold = True
-    contents: list[list[tuple[EncodedDocument, int, int]]] = []
+    contents: list[list[tuple[EncodedDocument, int, int, int]]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for document in documents:
+    for place, document in enumerate(documents, start=1):
         all_gold &= document.gold is None
         for start, stop in _pieces(len(document.tokens), seq_len):
             length = stop - start
@@ -101,7 +112,7 @@ def pack(documents: Iterable[EncodedDocument], seq_len: int) -> Rows:
             else:
                 free, row = seq_len, len(contents)
                 contents.append([])
-            contents[row].append((document, start, stop))
+            contents[row].append((document, document.number or place, start, stop))
             if free - length >= 2:  # a single token has nothing to predict
                 bisect.insort(room, (free - length, row))
     shape = (len(contents), seq_len)
@@ -110,13 +121,15 @@ def pack(documents: Iterable[EncodedDocument], seq_len: int) -> Rows:
         np.full(shape, PADDING_SEGMENT, np.uint32),
         np.zeros(shape, bool),
         np.zeros(shape, bool),
+        np.zeros(shape, np.uint32),
     )
     for row, pieces in enumerate(contents):
         at = 0
-        for number, (document, start, stop) in enumerate(pieces, start=1):
+        for segment, (document, number, start, stop) in enumerate(pieces, start=1):
             span = slice(at, at + stop - start)
             rows.tokens[row, span] = document.tokens[start:stop]
-            rows.segments[row, span] = number
+            rows.segments[row, span] = segment
+            rows.documents[row, span] = number
             rows.loss_mask[row, span] = document.loss_mask[start:stop]
             rows.gold_mask[row, span] = all_gold or document.gold is True
             at += stop - start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,19 @@ def _size(size_bytes: float) -> str:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:.2f} TB"
+
+
+def every_30_s(show: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Pass on one call in 30 s, for commands whose progress is a plain line."""
+    last = time.monotonic()
+
+    def call(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PLAIN_INTERVAL_S:
+            last = time.monotonic()
+            show(done, total)
+
+    return call
 
 
 class BuildProgress:

@@ -1,63 +1,46 @@
-"""A store on disk: layout, creation, writing of shards, commit records. Imports no torch.
+"""A store on disk: creation, writing of shards, the journal of what is finished. Imports no torch.
 
-    STORE/                  a Zarr v3 group; its attribute "logitcache" is the manifest
-      rows/                 tokens, segments uint32; loss_mask, gold_mask bool      [N, L]
-      id_of_rank            uint32 [V], the corpus's frequency order of token ids
-      teacher1/, teacher2/  groups; attribute "logitcache" pins model and estimator
-        count               uint16 [N, 2, L]  entries certain, sampled
-        gap_0, gap_1, ..    uint8  [N, E]     bytes of the gaps between ranks, lowest first
-        level               uint8 or float16 [N, E]
-        statistics          uint16 [N, T + 3, L]  tail log-partition on the grid, entropy, top-1,
-                            gold logp
-      commits/              one JSON per written shard of rows/ and of each teacher: file hashes
-      tokenizer.json        content of the tokenizer (see tokenise)
-
-One chunk is one row, one shard file some 2^18 positions; both are checksummed (crc32c). A shard is
-written by one worker in one go, made durable, and only then committed: what has no commit record
-does not exist. E is the widest that a row can get; the zeros after its entries cost nothing (STORE
-facts: -0.6 % bytes).
+docs/format.md specifies the files. A shard is written by one worker in one go, made durable, and
+only then entered in the journal, the folder ``commits``: what has no record there does not exist.
+Records name each file with its size and hash, and are bound to the store and the teacher that they
+belong to by the digest of the record before them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from .codec import Entries, level_dtype, num_gap_planes
-from .errors import StoreError
-from .files import file_sha256, fsync_path, to_json, write_atomic
-from .packing import Rows
-
-FORMAT = 1
-SHARD_POSITIONS = 2**18
-TEACHERS = ("teacher1", "teacher2")
-STATISTICS = ("entropy", "top1_logp", "gold_logp")  # after the tail log-partition's grid
-ROW_ARRAYS = {"tokens": "uint32", "segments": "uint32", "loss_mask": "bool", "gold_mask": "bool"}
-_ATTRIBUTE = "logitcache"
-_MANIFEST_KEYS = (
-    *("rows", "seq_len", "shard_rows", "documents", "tokens", "valid_tokens"),
-    *("vocab_size", "temperatures", "tokenizer_sha256", "data_sha256"),
+from .codec import encode_order, frequency_order, inverse
+from .errors import StoreError, UsageError
+from .files import to_json, write_atomic
+from .layout import (
+    FORMAT,
+    TEACHERS,
+    check_manifest,
+    check_teacher,
+    group_metadata,
+    row_specs,
+    shard_ranges,
+    teacher_specs,
 )
+from .packing import Rows
+from .shards import ArraySpec, ShardFile, open_regular, pack_shard, write_durable
+from .support import Support, encode_row
+
+_ATTRIBUTE = "logitcache"
 SUMMARY = ("positions", "entries", "certain_mass", "skipped")  # of a teacher's commit record
 _MAX_JSON_BYTES = 16 << 20
-
-
-def shard_rows(num_rows: int, seq_len: int) -> int:
-    """Rows in a shard file."""
-    return max(1, min(num_rows, SHARD_POSITIONS // seq_len))
-
-
-def shard_ranges(num_rows: int, rows_per_shard: int) -> list[tuple[int, int]]:
-    starts = range(0, num_rows, rows_per_shard)
-    return [(start, min(start + rows_per_shard, num_rows)) for start in starts]
+_MAX_TOKENIZER_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -68,29 +51,62 @@ class Store:
     manifest: dict[str, Any]
     teachers: dict[str, dict[str, Any]]
 
-    @property
+    @cached_property
     def ranges(self) -> list[tuple[int, int]]:
         return shard_ranges(self.manifest["rows"], self.manifest["shard_rows"])
 
-    def group(self, mode: Literal["r", "r+"] = "r") -> Any:  # items are groups or arrays
-        return zarr.open_group(str(self.path), mode=mode, zarr_format=3, use_consolidated=False)
+    @cached_property
+    def specs(self) -> dict[str, dict[str, ArraySpec]]:
+        """The arrays of each part: "rows" and the teachers."""
+        teachers = {
+            name: teacher_specs(name, attributes, self.manifest)
+            for name, attributes in self.teachers.items()
+        }
+        return {"rows": row_specs(self.manifest), **teachers}
 
-    def commit_path(self, part: str, shard: int) -> Path:
-        return self.path / "commits" / f"{part}-{shard:06d}.json"
+    def commit_path(self, part: str, shard: int | None = None) -> Path:
+        """A shard's record, or that of the part's creation."""
+        name = part if shard is None else f"{part}-{shard:06d}"
+        return self.path / "commits" / f"{name}.json"
+
+    @cached_property
+    def _owners(self) -> dict[str, str]:
+        return {}
+
+    def owner(self, part: str) -> str:
+        """Digest of the record that a part's shards belong to. StoreError if there is none."""
+        if part not in self._owners:
+            record = read_record(self.commit_path("store" if part == "rows" else part))
+            self._owners[part] = str(record["digest"])
+        return self._owners[part]
 
     def commit(self, part: str, shard: int) -> dict[str, Any] | None:
         """The commit record of a shard of "rows" or of a teacher; None if there is no whole one."""
-        path = self.commit_path(part, shard)
         try:
-            record = _read_json(path) if path.is_file() else None
-            if record is not None:
-                numbers = [file["bytes"] for file in record["files"].values()]
-                numbers += [record[key] for key in (SUMMARY if part != "rows" else ())]
-                if record["shard"] == shard and numbers and sum(numbers) >= 0:
-                    return dict(record)
-        except (StoreError, TypeError, KeyError, AttributeError):
-            pass  # damaged: the shard will be written again
-        return None
+            return self.checked_commit(part, shard)
+        except StoreError:
+            return None  # damaged: the shard will be written again
+
+    def checked_commit(self, part: str, shard: int) -> dict[str, Any]:
+        """The same, or StoreError saying what is wrong with it."""
+        path = self.commit_path(part, shard)
+        record = read_record(path)
+        expected = {"part": part, "shard": shard, "rows": list(self.ranges[shard])}
+        for key, value in {**expected, "of": self.owner(part)}.items():
+            if record.get(key) != value:
+                raise StoreError(
+                    f"{path}: {key}: expected {value}, found {str(record.get(key))[:80]}"
+                )
+        names = {spec.shard_name(shard) for spec in self.specs[part].values()}
+        files = record.get("files")
+        if not isinstance(files, dict) or set(files) != names:
+            raise StoreError(f"{path}: does not list the files of its shard")
+        for name, file in files.items():
+            if not isinstance(file, dict) or not all(
+                isinstance(file.get(key), int) for key in ("bytes", "index_crc32c")
+            ):
+                raise StoreError(f"{path}: {name}: expected a size and checksums")
+        return record
 
     def missing(self, part: str) -> list[int]:
         """Shards that are not committed, or whose committed files are gone or of another size."""
@@ -101,25 +117,71 @@ class Store:
         return record is not None and not self.damaged_files(record)
 
     def damaged_files(self, record: Mapping[str, Any]) -> list[str]:
-        """Files of a commit record that are gone or of another size, as paths within the store.
+        """Files of a commit record that are gone or of another size, as paths within the store."""
+        damaged = []
+        for name, file in record["files"].items():
+            try:
+                found = os.lstat(self.path / name).st_size
+            except OSError:
+                found = -1
+            if found != file["bytes"]:
+                damaged.append(name)
+        return damaged
 
-        Zarr itself would read either as zeros.
-        """
-        return [
-            name
-            for name, file in record["files"].items()
-            if not (self.path / name).is_file()
-            or (self.path / name).stat().st_size != file["bytes"]
-        ]
+    def open_shard(self, part: str, shard: int) -> dict[str, ShardFile]:
+        """Open a shard's files, by array, each checked against the commit record."""
+        files = self.checked_commit(part, shard)["files"]
+        opened = {}
+        for array, spec in self.specs[part].items():
+            file = files[spec.shard_name(shard)]
+            opened[array] = ShardFile(self.path, spec, shard, file["bytes"], file["index_crc32c"])
+        return opened
 
 
-def _read_json(path: Path) -> Any:
+def digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record's text without its digest."""
+    rest = {key: value for key, value in record.items() if key != "digest"}
+    return hashlib.sha256(to_json(rest).encode()).hexdigest()
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a record of the journal. StoreError if it is not, byte for byte, as it was written."""
+    text = read_small(path)
+    record = parse_json(text, path)
+    if (
+        not isinstance(record, dict)
+        or record.get("digest") != digest(record)
+        or to_json(record).encode() != text
+    ):
+        raise StoreError(f"{path}: damaged record: it fails its digest")
+    return record
+
+
+def read_small(path: Path, most: int = _MAX_JSON_BYTES) -> bytes:
+    """A small file of a store. StoreError if it is gone, a link, no plain file, or too large."""
+    root = path.parent
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise StoreError(f"{path}: larger than {_MAX_JSON_BYTES} bytes, not a file of a store")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise StoreError(f"{path}: cannot be read: {error}", "rebuild the store") from None
+        descriptor = open_regular(root, path.name)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}", "rebuild the store") from None
+    with open(descriptor, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise StoreError(f"{path}: larger than {most} bytes, not a file of a store")
+    return content
+
+
+def parse_json(text: bytes, path: Path) -> Any:
+    """Parse JSON without NaN, infinities or abysmal depth. StoreError otherwise."""
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        return json.loads(text.decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise StoreError(f"{path}: cannot be read: {reason}", "rebuild the store") from None
 
 
 def is_store(path: Path) -> bool:
@@ -129,14 +191,14 @@ def is_store(path: Path) -> bool:
 
 def _attribute(path: Path) -> dict[str, Any] | None:
     """What our attribute of a Zarr group says; None if it has none."""
-    metadata = _read_json(path / "zarr.json")
+    metadata = parse_json(read_small(path / "zarr.json"), path / "zarr.json")
     attributes = metadata.get("attributes") if isinstance(metadata, dict) else None
     found = attributes.get(_ATTRIBUTE) if isinstance(attributes, dict) else None
     return found if isinstance(found, dict) else None
 
 
 def load_store(path: Path) -> Store:
-    """Open a store's metadata. StoreError if there is none or of another format version."""
+    """Open a store's metadata. StoreError if there is none, it is damaged or of another version."""
     if not path.exists():
         raise StoreError(f"{path}: no such store", "logitcache build --out makes one")
     if not is_store(path):
@@ -145,188 +207,213 @@ def load_store(path: Path) -> Store:
             f"{'folder' if path.is_dir() else 'file'} without a manifest",
             "give the folder that logitcache build --out wrote",
         )
-    manifest = _attribute(path) or {}
-    if manifest.get("format") != FORMAT:
-        raise StoreError(
-            f"{path}: format: expected {FORMAT}, found {manifest.get('format')}",
-            "use the version of logitcache that wrote it, or build it again",
-        )
-    absent = [key for key in _MANIFEST_KEYS if key not in manifest]
-    if absent:
-        raise StoreError(
-            f"{path / 'zarr.json'}: damaged manifest: expected {absent[0]}, found none",
-            "build the store again with --fresh",
-        )
-    # A build killed while it created a teacher left a group without our attribute.
-    teachers = {
-        name: attributes
-        for name in TEACHERS
-        if (path / name / "zarr.json").is_file()
-        and (attributes := _attribute(path / name)) is not None
+    manifest = check_manifest(_attribute(path), path)
+    store = Store(path, manifest, {})
+    check_metadata(store, "rows")
+    teachers = {}
+    for name in TEACHERS:
+        if store.commit_path(name).exists():  # else its creation was not finished
+            teachers[name] = check_teacher(_attribute(path / name), path / name / "zarr.json")
+    store = Store(path, manifest, teachers)
+    for name in teachers:
+        check_metadata(store, name)
+    return store
+
+
+def _metadata(store: Store, part: str) -> dict[str, dict[str, Any]]:
+    """What the zarr.json files of a part must say, by path; those of the root go with the rows."""
+    if part == "rows":
+        groups = {"zarr.json": store.manifest, "rows/zarr.json": None}
+    else:
+        groups = {f"{part}/zarr.json": store.teachers[part]}
+    arrays = {f"{s.path}/zarr.json": s.metadata() for s in store.specs[part].values()}
+    return {**{name: group_metadata(a) for name, a in groups.items()}, **arrays}
+
+
+def check_metadata(store: Store, part: str) -> dict[str, Any]:
+    """Compare a part's metadata with what it must be; gives its creation record."""
+    path = store.commit_path("store" if part == "rows" else part)
+    record = read_record(path)
+    expected = _creation(store, part)
+    expected["digest"] = digest(expected)
+    for key in expected:
+        if key != "digest" and record.get(key) != expected[key]:
+            raise StoreError(f"{path}: {key}: does not fit the store's manifest")
+    for name, wanted in _metadata(store, part).items():
+        text = read_small(store.path / name)
+        if text != to_json(wanted).encode():
+            difference = _difference(wanted, parse_json(text, store.path / name))
+            raise StoreError(
+                f"{store.path / name}: {difference}", "build the store again with --fresh"
+            )
+    return record
+
+
+def _difference(wanted: Any, found: Any, where: str = "") -> str:
+    """The first place in which two JSON values differ."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        for key in sorted({*wanted, *found}):
+            if wanted.get(key) != found.get(key) or (key in wanted) != (key in found):
+                return _difference(wanted.get(key), found.get(key), f"{where}.{key}".lstrip("."))
+    return f"{where or 'its text'}: expected {str(wanted)[:80]}, found {str(found)[:80]}"
+
+
+def _creation(store: Store, part: str) -> dict[str, Any]:
+    """The record of a part's creation, without its digest."""
+    texts = {name: to_json(value).encode() for name, value in _metadata(store, part).items()}
+    files = {
+        name: {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+        for name, text in texts.items()
     }
-    return Store(path, manifest, teachers)
+    record: dict[str, Any] = {"part": "store" if part == "rows" else part, "files": files}
+    if part == "rows":
+        record["format"] = FORMAT
+        record["tokenizer_sha256"] = store.manifest["tokenizer_sha256"]
+    else:
+        record["of"] = store.owner("rows")
+    return record
 
 
-def read_id_of_rank(store: Store) -> np.ndarray:
-    """The frequency order of the token ids, uint32 [V]. StoreError if it is none."""
-    try:
-        id_of_rank = np.asarray(store.group()["id_of_rank"][:])
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
-        raise StoreError(
-            f"{store.path / 'id_of_rank'}: cannot be read: {error}",
-            "build the store again with --fresh",
-        ) from None
-    # Zarr reads a chunk that is gone as zeros.
-    if not np.array_equal(np.sort(id_of_rank), np.arange(store.manifest["vocab_size"])):
-        raise StoreError(
-            f"{store.path / 'id_of_rank'}: expected each token id once, found others",
-            "build the store again with --fresh",
-        )
-    return id_of_rank
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    write_atomic(path, to_json({**record, "digest": digest(record)}))
 
 
 def load_tokenizer_content(path: Path) -> dict[str, Any]:
-    content = _read_json(path / "tokenizer.json")
-    assert isinstance(content, dict)
+    """The tokenizer's content. StoreError if it is not the manifest's."""
+    file = path / "tokenizer.json"
+    text = read_small(file, _MAX_TOKENIZER_BYTES)
+    content = parse_json(text, file)
+    manifest = check_manifest(_attribute(path), path)
+    # Its hash is of the content without spaces (see tokenise): recompute that of our own text.
+    if not isinstance(content, dict) or to_json(content).encode() != text:
+        raise StoreError(f"{file}: damaged: not as it was written", "rebuild the store")
+    from .tokenise import content_sha256
+
+    if content_sha256(content) != manifest["tokenizer_sha256"]:
+        raise StoreError(f"{file}: is not the tokenizer of the manifest", "rebuild the store")
     return content
 
 
-def _create_array(
-    group: zarr.Group, name: str, shape: tuple[int, ...], rows_per_shard: int, dtype: Any
-) -> None:
-    group.create_array(
-        name,
-        shape=shape,
-        chunks=(1, *shape[1:]),
-        shards=(rows_per_shard, *shape[1:]),
-        dtype=dtype,
-        filters=None,
-        compressors=(ZstdCodec(level=3), Crc32cCodec()),
-        fill_value=0,
-        config={"write_empty_chunks": True},
-    )
-
-
-def create_store(
-    path: Path, manifest: Mapping[str, Any], tokenizer: Mapping[str, Any], id_of_rank: np.ndarray
-) -> Store:
-    """Create an empty store with its row arrays. The root's metadata is written last: it makes it a
-    store."""
+def create_store(path: Path, manifest: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Store:
+    """Create an empty store. The root's metadata is written last: it makes it a store."""
     path.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(path / "commits", ignore_errors=True)  # of a store that was deleted half-way
     (path / "commits").mkdir()
+    store = Store(path, check_manifest(dict(manifest), path), {})
     write_atomic(path / "tokenizer.json", to_json(tokenizer))
-    rows = zarr.create_group(str(path / "rows"), zarr_format=3, overwrite=True)
-    shape = (manifest["rows"], manifest["seq_len"])
-    for name, dtype in ROW_ARRAYS.items():
-        _create_array(rows, name, shape, manifest["shard_rows"], dtype)
-    ranks = zarr.create_array(
-        str(path / "id_of_rank"),
-        shape=id_of_rank.shape,
-        chunks=id_of_rank.shape,
-        dtype="uint32",
-        compressors=(ZstdCodec(level=3), Crc32cCodec()),
-        fill_value=0,
-        zarr_format=3,
-        overwrite=True,
-    )
-    ranks[:] = id_of_rank
-    root = {"zarr_format": 3, "node_type": "group", "attributes": {_ATTRIBUTE: manifest}}
-    write_atomic(path / "zarr.json", to_json(root))
+    metadata = _metadata(store, "rows")
+    root = metadata.pop("zarr.json")
+    write_durable(path, {name: to_json(value).encode() for name, value in metadata.items()})
+    _write_record(store.commit_path("store"), _creation(store, "rows"))
+    write_durable(path, {"zarr.json": to_json(root).encode()})
     return load_store(path)
 
 
 def create_teacher(store: Store, name: str, attributes: Mapping[str, Any]) -> Store:
-    """Create a teacher's empty arrays."""
-    manifest = store.manifest
-    num_rows, seq_len, per_shard = manifest["rows"], manifest["seq_len"], manifest["shard_rows"]
-    group = zarr.create_group(str(store.path / name), zarr_format=3, overwrite=True)
-    width = seq_len * attributes["max_entries"]
-    grid = len(manifest["temperatures"])
-    _create_array(group, "count", (num_rows, 2, seq_len), per_shard, "uint16")
-    _create_array(
-        group, "statistics", (num_rows, grid + len(STATISTICS), seq_len), per_shard, "uint16"
-    )
-    for plane in range(num_gap_planes(manifest["vocab_size"])):
-        _create_array(group, f"gap_{plane}", (num_rows, width), per_shard, "uint8")
-    _create_array(
-        group, "level", (num_rows, width), per_shard, level_dtype(attributes["precision"])
-    )
-    root = {"zarr_format": 3, "node_type": "group", "attributes": {_ATTRIBUTE: attributes}}
-    write_atomic(store.path / name / "zarr.json", to_json(root))
+    """Create a teacher's group, in place of one that is there."""
+    for record in sorted((store.path / "commits").glob(f"{name}*.json")):
+        record.unlink()
+    if (store.path / name).exists():
+        shutil.rmtree(store.path / name)
+    attributes = check_teacher(dict(attributes), name)
+    made = Store(store.path, store.manifest, {**store.teachers, name: attributes})
+    texts = {file: to_json(value).encode() for file, value in _metadata(made, name).items()}
+    write_durable(store.path, texts)
+    _write_record(made.commit_path(name), _creation(made, name))
     return load_store(store.path)
+
+
+def restore_metadata(
+    path: Path,
+    manifest: Mapping[str, Any],
+    teachers: Mapping[str, Mapping[str, Any]],
+    tokenizer: Mapping[str, Any],
+) -> Store:
+    """Write the metadata of a store and its teachers anew, and nothing else."""
+    store = Store(path, dict(manifest), {name: dict(a) for name, a in teachers.items()})
+    (path / "commits").mkdir(exist_ok=True)
+    write_atomic(path / "tokenizer.json", to_json(tokenizer))
+    for part in ("rows", *store.teachers):
+        texts = {name: to_json(value).encode() for name, value in _metadata(store, part).items()}
+        write_durable(path, texts)
+        _write_record(
+            store.commit_path("store" if part == "rows" else part), _creation(store, part)
+        )
+    return load_store(path)
 
 
 def write_rows(store: Store, rows: Rows, shard: int) -> None:
     """Write and commit one shard of rows; rows is the whole corpus."""
     start, stop = store.ranges[shard]
-    group = store.group("r+")["rows"]
-    _clear(store, "rows", shard, ROW_ARRAYS)
-    for name in ROW_ARRAYS:
-        group[name][start:stop] = getattr(rows, name)[start:stop]
-    _commit(store, "rows", shard, ROW_ARRAYS, {})
+    content = {
+        name: pack_shard(spec, [(row,) for row in getattr(rows, name)[start:stop]])
+        for name, spec in store.specs["rows"].items()
+    }
+    _commit(store, "rows", shard, content, {})
 
 
 def write_teacher(
-    store: Store,
-    name: str,
-    shard: int,
-    entries_per_row: list[Entries],
-    statistics: np.ndarray,
-    summary: Mapping[str, Any],
+    store: Store, name: str, shard: int, supports: Sequence[Support], summary: Mapping[str, Any]
 ) -> None:
-    """Write and commit one shard of a teacher. statistics: uint16 [rows, T + 3, L]."""
-    start, stop = store.ranges[shard]
-    num_rows, seq_len = stop - start, store.manifest["seq_len"]
-    group = store.group("r+")[name]
-    planes = num_gap_planes(store.manifest["vocab_size"])
-    names = ["count", "statistics", "level", *(f"gap_{plane}" for plane in range(planes))]
-    _clear(store, name, shard, names)
-    count = np.stack([entries.counts.T for entries in entries_per_row])
-    assert count.shape == (num_rows, 2, seq_len)
-    group["count"][start:stop] = count
-    group["statistics"][start:stop] = statistics
-    width = group["level"].shape[1]
-    for plane in range(planes):
-        block = np.zeros((num_rows, width), np.uint8)
-        for row, entries in enumerate(entries_per_row):
-            block[row, : len(entries.gaps)] = (entries.gaps >> (8 * plane)) & 0xFF
-        group[f"gap_{plane}"][start:stop] = block
-    levels = np.zeros((num_rows, width), group["level"].dtype)
-    for row, entries in enumerate(entries_per_row):
-        levels[row, : len(entries.levels)] = entries.levels
-    group["level"][start:stop] = levels
-    _commit(store, name, shard, names, summary)
+    """Write and commit one shard of a teacher, a support for each of its rows."""
+    _commit(store, name, shard, pack_teacher(store, name, shard, supports), summary)
 
 
-def _clear(store: Store, part: str, shard: int, arrays: Iterable[str]) -> None:
-    """Remove what a killed writer left of a shard: a damaged file, or a temporary one of zarr's."""
-    store.commit_path(part, shard).unlink(missing_ok=True)
-    for name in arrays:
-        folder = store.path / part / name / "c" / str(shard)
-        if folder.exists():
-            shutil.rmtree(folder)
+def pack_teacher(
+    store: Store, name: str, shard: int, supports: Sequence[Support]
+) -> dict[str, bytes]:
+    """The files of one shard of a teacher, by array."""
+    specs, attributes = store.specs[name], store.teachers[name]
+    start, _ = store.ranges[shard]
+    most = specs["certain"].shape[-1]
+    for row, support in enumerate(supports, start=start):
+        kinds = (support.certain, *([] if support.sampled is None else [support.sampled]))
+        widest = max(len(kind.ids) for kind in kinds)
+        if widest > most:
+            raise UsageError(
+                f"{name}: row {row} keeps {widest} entries, {most} can be stored",
+                "raise --min-prob or --threshold",
+            )
+    # Frequent ids get small ranks. The order is the shard's own; the longer, the more it costs.
+    vocab_size = store.manifest["vocab_size"]
+    ids = np.concatenate([support.certain.ids for support in supports])
+    positions = len(supports) * store.manifest["seq_len"]
+    id_of_rank = frequency_order(ids, vocab_size, max(positions // 16, 256))
+    rank_of_id = inverse(id_of_rank)
+    rows = [
+        encode_row(support, attributes, store.manifest["temperatures"], rank_of_id, row)
+        for row, support in enumerate(supports, start=start)
+    ]
+    content = {
+        array: pack_shard(spec, [list(row[array]) for row in rows])
+        for array, spec in specs.items()
+        if array != "order"
+    }
+    content["order"] = pack_shard(specs["order"], [list(encode_order(id_of_rank))])
+    return content
 
 
 def _commit(
-    store: Store, part: str, shard: int, arrays: Iterable[str], summary: Mapping[str, Any]
+    store: Store, part: str, shard: int, content: Mapping[str, bytes], summary: Mapping[str, Any]
 ) -> None:
-    start, stop = store.ranges[shard]
-    files = {}
-    for name in sorted(arrays):
-        folder = store.path / part / name / "c" / str(shard)
-        # A shard's file ends in one "0" per further dimension. Zarr leaves out a shard that is all
-        # zeros (a high gap plane of a small vocabulary): it has no file, and none is expected.
-        found = [p for p in folder.rglob("*") if p.is_file()]
-        if not found:
-            continue
-        (path,) = found
-        fsync_path(path)
-        for parent in path.parents[: len(path.relative_to(store.path).parts)]:
-            fsync_path(parent)
-        files[path.relative_to(store.path).as_posix()] = {
-            "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
+    """Make a shard's files durable, then its record; an old one goes first."""
+    store.commit_path(part, shard).unlink(missing_ok=True)
+    named = {store.specs[part][array].shard_name(shard): data for array, data in content.items()}
+    write_durable(store.path, named)
+    files = {
+        name: {
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "index_crc32c": int.from_bytes(data[-4:], "little"),
         }
-    record = {"shard": shard, "rows": [start, stop], "files": files, **summary}
-    write_atomic(store.commit_path(part, shard), to_json(record))
+        for name, data in named.items()
+    }
+    record = {
+        "part": part,
+        "shard": shard,
+        "rows": list(store.ranges[shard]),
+        "of": store.owner(part),
+        "files": files,
+        **summary,
+    }
+    _write_record(store.commit_path(part, shard), record)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,15 @@ from .causal_lm import (
     hidden_states,
     load_causal_lm,
 )
-from .codec import Entries, encode, pack_entropy, pack_logp, pack_partition
 from .config import BuildConfig
 from .errors import NonFiniteError, StoreError, UsageError
 from .packing import Rows
-from .store import STATISTICS, Store, read_id_of_rank, write_teacher
+from .store import Store, write_teacher
+from .support import Support, support_of
 
 # Logits of one chunk: capture on a CPU is three times faster when its temporaries fit the cache.
-_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
-_BATCH_TOKENS = {"cpu": 2**12, "cuda": 2**15}
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
+BATCH_TOKENS = {"cpu": 2**12, "cuda": 2**15}
 
 
 class TeacherRun:
@@ -56,8 +56,6 @@ class TeacherRun:
                 "resize its embeddings, or use the tokenizer that belongs to it",
             )
         check_model(self.model, folder)
-        self.rank_of_id = np.empty(vocab_size, np.uint32)
-        self.rank_of_id[read_id_of_rank(store)] = np.arange(vocab_size, dtype=np.uint32)
         self.labels, self.positions = rows.labels(), rows.positions()
         self.lengths = rows.lengths()
         self.tokens_total = int(self.lengths.sum())
@@ -77,7 +75,7 @@ class TeacherRun:
     def shard(self, shard: int, stopped: Callable[[], bool]) -> bool:
         """Run the teacher over one shard's rows and commit it; False if stopped before that."""
         start, stop = self.store.ranges[shard]
-        parts: dict[int, tuple[Entries, np.ndarray]] = {}
+        parts: dict[int, Support] = {}
         totals = {"positions": 0, "entries": 0, "certain_mass": 0.0, "skipped": 0}
         for batch in self._batches(start, stop):
             if stopped():
@@ -92,8 +90,7 @@ class TeacherRun:
             self.store,
             self.name,
             shard,
-            [parts[row][0] for row in rows],
-            np.stack([parts[row][1] for row in rows]),
+            [parts[row] for row in rows],
             totals,
         )
         record = self.store.commit(self.name, shard)
@@ -104,7 +101,7 @@ class TeacherRun:
 
     def _batches(self, start: int, stop: int) -> list[list[int]]:
         """Rows of a shard in batches of like length, longest first; the same for every run."""
-        budget = self.config.batch_tokens or _BATCH_TOKENS[self.device.type]
+        budget = self.config.batch_tokens or BATCH_TOKENS[self.device.type]
         order = sorted(range(start, stop), key=lambda row: (-self.lengths[row], row))
         batches: list[list[int]] = []
         for row in order:
@@ -114,8 +111,8 @@ class TeacherRun:
         return batches
 
     @torch.inference_mode()
-    def _run(self, batch: list[int], totals: dict[str, Any]) -> list[tuple[Entries, np.ndarray]]:
-        """Entries and statistics of each row of a batch."""
+    def _run(self, batch: list[int], totals: dict[str, Any]) -> list[Support]:
+        """What is kept of each row of a batch."""
         length = max(int(self.lengths[batch[0]]), 1)
         seq_len = self.config.seq_len
         tokens = torch.from_numpy(self.rows.tokens[batch][:, :length].astype(np.int64))
@@ -136,47 +133,27 @@ class TeacherRun:
             np.where(captured["certain"], np.exp(captured["logp"].astype(np.float64)), 0.0).sum()
         )
         totals["skipped"] += int((~kept).sum())
-
-        entries = encode(
-            captured["ids"],
-            captured["logp"],
-            captured["certain"],
-            self.rank_of_id,
-            str(self.config.precision),
-        )
-        offsets = np.concatenate(([0], entries.counts.sum(1, dtype=np.int64).cumsum()))
-        channels = captured["statistics"].shape[1]
-        result = []
-        for number in range(len(batch)):
-            picked = np.flatnonzero(at_row == number)
-            counts = np.zeros((seq_len, 2), np.uint16)
-            statistics = np.zeros((channels, seq_len), np.uint16)
-            if len(picked):
-                where = at_token[picked]
-                counts[where] = entries.counts[picked]
-                statistics[:, where] = captured["statistics"][picked].T
-                span = slice(offsets[picked[0]], offsets[picked[-1] + 1])
-            else:
-                span = slice(0, 0)
-            result.append((Entries(counts, entries.gaps[span], entries.levels[span]), statistics))
-        return result
+        return [
+            support_of(
+                {name: values[at_row == number] for name, values in captured.items()},
+                at_token[at_row == number],
+                seq_len,
+                self.store.teachers[self.name],
+            )
+            for number in range(len(batch))
+        ]
 
     def _capture(
         self, hidden_PD: torch.Tensor, labels_P: torch.Tensor, position_ids_P: torch.Tensor
     ) -> dict[str, np.ndarray]:
         """Capture in chunks of positions, so that P x V logits never exist at once."""
-        attributes = self.store.teachers[self.name]
-        options = {
-            key: attributes[key]
-            for key in ("estimator", "min_prob", "threshold", "sample_temperature", "top_k", "seed")
-            if key in attributes
-        }
-        chunk = max(_CHUNK_ELEMENTS[self.device.type] // self.head.weight_VD.shape[0], 16)
+        options = capture_options(self.store.teachers[self.name])
+        chunk = max(CHUNK_ELEMENTS[self.device.type] // self.head.weight_VD.shape[0], 16)
         parts: list[dict[str, np.ndarray]] = []
         for start in range(0, len(hidden_PD), chunk):
             rows = slice(start, start + chunk)
             parts.append(
-                _to_numpy(
+                to_numpy(
                     capture(
                         self.head.logits(hidden_PD[rows]),
                         labels_R=labels_P[rows].to(self.device),
@@ -189,16 +166,18 @@ class TeacherRun:
             )
         if not parts:
             grid = len(self.store.manifest["temperatures"])
-            empty = np.zeros((0, 1), np.float32)
+            none, wide = np.zeros(0, np.float32), np.zeros((0, 1), np.float32)
             return {
-                "ids": empty.astype(np.int32),
-                "logp": empty,
-                "certain": empty.astype(bool),
+                "ids": wide.astype(np.int32),
+                "logp": wide,
+                "inclusion": wide,
+                "certain": wide.astype(bool),
                 "count": np.zeros(0, np.int32),
-                "statistics": np.zeros((0, grid + len(STATISTICS)), np.uint16),
+                "tail": np.zeros((0, grid), np.float32),
+                **dict.fromkeys(("entropy", "top1", "gold"), none),
             }
         width = max(part["ids"].shape[1] for part in parts)
-        fill = {"ids": -1, "logp": -np.inf, "certain": False}
+        fill = {"ids": -1, "logp": -np.inf, "inclusion": 0, "certain": False}
         for part in parts:
             for key, value in fill.items():
                 missing = width - part[key].shape[1]
@@ -227,19 +206,23 @@ class TeacherRun:
             )
 
 
-def _to_numpy(captured: Capture) -> dict[str, np.ndarray]:
+def capture_options(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of ``capture`` that a teacher's attributes hold."""
+    keys = ("estimator", "min_prob", "threshold", "sample_temperature", "top_k", "seed")
+    return {key: attributes[key] for key in keys if key in attributes}
+
+
+def to_numpy(captured: Capture) -> dict[str, np.ndarray]:
     """Move what the store keeps to the CPU, cut to the widest support."""
     width = max(int(captured.count_R.max()) if len(captured.count_R) else 1, 1)
-    statistics = [
-        *(pack_partition(column) for column in captured.tail_log_partition_RT.cpu().numpy().T),
-        pack_entropy(captured.entropy_R.nan_to_num(0.0).cpu().numpy()),
-        pack_logp(captured.top1_logp_R.cpu().numpy()),
-        pack_logp(captured.gold_logp_R.cpu().numpy()),
-    ]
     return {
         "ids": captured.ids_RK[:, :width].cpu().numpy(),
         "logp": captured.logp_RK[:, :width].float().cpu().numpy(),
+        "inclusion": captured.inclusion_RK[:, :width].float().cpu().numpy(),
         "certain": (captured.inclusion_RK[:, :width] >= 1).cpu().numpy(),
         "count": captured.count_R.cpu().numpy(),
-        "statistics": np.stack(statistics, axis=1),
+        "tail": captured.tail_log_partition_RT.float().cpu().numpy(),
+        "entropy": captured.entropy_R.float().cpu().numpy(),
+        "top1": captured.top1_logp_R.float().cpu().numpy(),
+        "gold": captured.gold_logp_R.float().cpu().numpy(),
     }

@@ -129,10 +129,11 @@ class Encoder:
     def encode(self, documents: Iterable[Document]) -> Iterator[EncodedDocument]:
         documents = iter(documents)
         while batch := list(itertools.islice(documents, _BATCH)):
+            first = self.num_documents + 1
             self.num_documents += len(batch)
             texts = [d.text for d in batch if d.text is not None and d.text.strip()]
             encoded = iter(self._encode_texts(texts))
-            for document in batch:
+            for number, document in enumerate(batch, start=first):
                 if document.messages is not None:
                     tokens, loss_mask = self._encode_messages(document)
                 elif document.text is not None and document.text.strip():
@@ -144,7 +145,7 @@ class Encoder:
                 if not loss_mask[1:].any():
                     self.num_without_targets += 1
                     continue
-                yield EncodedDocument(tokens, loss_mask, document.gold)
+                yield EncodedDocument(tokens, loss_mask, document.gold, number)
 
     def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
         if not texts:

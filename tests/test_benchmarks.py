@@ -100,3 +100,45 @@ def test_teacher_logits_have_the_shape_of_real_ones():
         entropy[text] = -(logp_RV.exp() * logp_RV).sum(-1).mean().item()
     assert 1.5 < entropy["web"] < 3.5
     assert 0.5 < entropy["chat"] < 1.6
+
+
+def test_the_table_of_the_store_is_made_from_its_figures():
+    from benchmarks.store import BYTES, PROFILES, table
+
+    profile = {
+        "bytes_per_token": 40.0,
+        "mean_support": 20.0,
+        "fields_bytes": 6.0,
+        "kl_quantised": 1e-3,
+        "effective_draws": 51.0,
+    }
+    profiles = {name: {**profile, "kl_full": 0.2} for name in PROFILES}
+    profiles["topk 256 / 0.001"] = {**profile, "kl_full": 0.1, "bytes_per_token": 80.0}
+    profiles["topk 256 / 5e-4"] = {**profile, "kl_full": 0.05, "bytes_per_token": 160.0}
+    speed = ("decode", "unpack_and_decode", "encode", "epoch")
+    document = {
+        "machine": {"date": "2026-11-22", "commit": "abc"},
+        "teacher": "t",
+        "vocab_size": 49152,
+        "tokens": 1000,
+        "profiles": profiles,
+        "peers": {
+            "distillkit_128": {"bytes": 312.0, "kl": 0.1},
+            "bf16_top_64": {"bytes": 256.0, "kl": 0.2},
+            "rskd_50": {"bytes": 47.5, "draws": 50},
+        },
+        "bias": {"T = 1": -1.5, "T = 2": 0.5},
+        "speed": {
+            **{f"{name}_tokens_per_s": 1e6 for name in speed},
+            "read_row_overhead_us": 12.0,
+            "integrity_share": 0.01,
+        },
+        "flips": {"tried": 2000, "missed": 0},
+    }
+    text = table(document)
+    for name in BYTES:
+        assert f"| {name}: bytes/token |" in text
+    assert "0.256 (80 of 312 B at KL 0.100)" in text
+    assert "0.156 (40 of 256 B at KL 0.200)" in text
+    assert "34.0 at 51 draws (RS-KD-50: 47.5 at 50)" in text
+    assert "| bit flips missed, of 2000 | 0 |  | 0 |" in text

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny import make_model, make_tokenizer, sentences, write_jsonl
 
-import logitcache.store
+import logitcache.layout
 from logitcache import open_store
 from logitcache.cli import cli
 from logitcache.files import lock
@@ -30,7 +30,10 @@ PACKAGES = {  # each may import itself and those before it
     "logitcache": ROOT / "logitcache",
     "distill": ROOT / "distill",
 }
-FORMAT_MODULES = ("store", "codec", "packing", "files", "documents", "config", "errors", "info")
+FORMAT_MODULES = (
+    *("store", "codec", "packing", "files", "documents", "config", "errors", "info"),
+    *("layout", "levels", "draws", "fields", "support", "shards"),
+)
 
 
 def run(*arguments: object) -> Result:
@@ -91,7 +94,7 @@ def test_info_json_holds_what_is_promised(built):
     batch = reader[:]
     at = (batch.labels != -100).reshape(-1)
     for described, teacher in zip(info["teachers"], batch.teachers, strict=True):
-        data = [p for p in files if f"/{described['name']}/" in str(p) and "/c/" in str(p)]
+        data = [p for p in files if f"/{described['name']}/" in str(p)]
         size = sum(path.stat().st_size for path in data)
         assert described["bytes_per_token"] == pytest.approx(size / info["tokens"], abs=1e-3)
         support = (teacher.ids_PK[at] >= 0).sum(1).mean()
@@ -151,7 +154,7 @@ def test_a_flag_goes_before_set_before_the_file_before_the_default(command, tmp_
     assert result.exit_code == 0, result.output
     attributes = load_store(tmp_path / "store").teachers["teacher1"]
     assert (attributes["estimator"], attributes["top_k"], attributes["seed"]) == ("topk", 5, 8)
-    assert attributes["precision"] == "high"  # since min_prob is below 1e-3
+    assert attributes["precision"] == "standard"
     batch = open_store(tmp_path / "store")[:]
     assert (batch.teachers[0].ids_PK >= 0).sum(1).max() == 5
     assert batch.teachers[0].inclusion_PK is None
@@ -372,7 +375,7 @@ def test_info_of_what_is_no_store_exits_with_4(tmp_path, corpus, teacher1):
 def test_a_signal_stops_with_75_and_the_same_command_goes_on(
     command, tmp_path, monkeypatch, teacher2, number
 ):
-    monkeypatch.setattr(logitcache.store, "SHARD_POSITIONS", 48)  # 21 shards of one row
+    monkeypatch.setattr(logitcache.layout, "SHARD_POSITIONS", 48)  # 21 shards of one row
     first = tmp_path / "store" / "commits" / "teacher1-000000.json"
     ended = threading.Event()
 

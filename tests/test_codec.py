@@ -1,4 +1,4 @@
-"""The codec: ids and the certain set exactly, values within their quantisation steps."""
+"""The codec: ids and the certain set exactly, values within the bounds that the modules state."""
 
 from __future__ import annotations
 
@@ -7,189 +7,316 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from logitcache import codec
 from logitcache.codec import (
-    ABSENT,
-    ENTROPY_STEPS,
-    LOGP_STEPS,
-    PARTITION_STEPS,
+    PRECISIONS,
     Entries,
-    decode,
-    encode,
-    frequency_rank,
-    level_dtype,
-    num_gap_planes,
-    pack_entropy,
-    pack_logp,
-    pack_partition,
-    unpack_entropy,
-    unpack_logp,
-    unpack_partition,
+    decode_certain,
+    decode_order,
+    decode_sampled,
+    dither_gain,
+    encode_certain,
+    encode_order,
+    encode_sampled,
+    frequency_order,
+    inverse,
+    level_table,
 )
+from logitcache.draws import from_order, position_keys, to_order
+from logitcache.errors import StoreError
+from logitcache.fields import (
+    CertainLogp,
+    Fields,
+    decode_fields,
+    encode_fields,
+    field_names,
+    tail_steps,
+    top1_levels,
+)
+from logitcache.levels import FINE, LevelTable, dither
+
+GRID = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
+TABLES = [FINE, *(p.table for p in PRECISIONS.values()), level_table("standard", True)]
 
 
-@st.composite
-def supports(draw):
-    """Random supports: vocabulary, order, positions that keep nothing, one entry or many."""
-    vocab_size = draw(st.integers(1, 400))
-    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    num_positions = draw(st.integers(0, 6))
-    width = draw(st.integers(1, min(vocab_size, 40)))
-    ids = np.full((num_positions, width), -1, np.int32)
-    logp = np.full((num_positions, width), -np.inf, np.float32)
-    certain = np.zeros((num_positions, width), bool)
-    for position in range(num_positions):
-        count = int(random.integers(0, width + 1))
-        ids[position, :count] = random.permutation(vocab_size)[:count]
-        logp[position, :count] = -np.sort(random.exponential(4.0, count))
-        certain[position, :count] = np.arange(count) < random.integers(0, count + 1)
-    order = random.permutation(vocab_size).astype(np.uint32)
-    rank = np.empty(vocab_size, np.uint32)
-    rank[order] = np.arange(vocab_size, dtype=np.uint32)
-    return ids, logp, certain, order, rank
+def entries_of(random, vocab_size, num_positions, width, low=-20.0, flat=None):
+    """Entries at positions that keep nothing, one entry or many; each position's first is its
+    largest."""
+    count = random.integers(0, min(width, vocab_size) + 1, num_positions)
+    count[random.random(num_positions) < 0.2] = 0
+    ids = [random.permutation(vocab_size)[:n] for n in count]
+    logp = [np.sort(random.uniform(low, 0, n))[::-1] for n in count]
+    total = int(count.sum())
+    return Entries(
+        count.astype(np.int64),
+        np.concatenate([*ids, np.zeros(0)]).astype(np.uint32),
+        np.concatenate([*logp, np.zeros(0)]).astype(np.float32),
+        (random.random(total) < 0.3) if flat else None,
+    )
 
 
-def as_dicts(ids, logp, certain):
-    """Per position {id: (logp, certain)}."""
+def as_dicts(entries):
+    """Per position {id: (logp, flat)}."""
+    ends = entries.count_P.cumsum()
+    flat = entries.flat if entries.flat is not None else np.zeros(len(entries.ids), bool)
     return [
-        {int(i): (float(x), bool(c)) for i, x, c in zip(*row, strict=True) if i >= 0}
-        for row in zip(ids, logp, certain, strict=True)
+        {
+            int(i): (float(x), bool(f))
+            for i, x, f in zip(entries.ids[a:b], entries.logp[a:b], flat[a:b], strict=True)
+        }
+        for a, b in zip(ends - entries.count_P, ends, strict=True)
     ]
 
 
-@given(supports(), st.sampled_from(["standard", "high"]))
-def test_round_trip_keeps_ids_and_the_certain_set_and_values_within_a_step(support, precision):
-    ids, logp, certain, order, rank = support
-    entries = encode(ids, logp, certain, rank, precision)
-    assert entries.levels.dtype == level_dtype(precision)
-    decoded = decode(entries, order, precision)
-    for before, after in zip(as_dicts(ids, logp, certain), as_dicts(*decoded), strict=True):
-        assert before.keys() == after.keys()
-        for token, (value, is_certain) in before.items():
-            found, still_certain = after[token]
-            assert still_certain == is_certain
-            if precision == "high":
-                assert found == pytest.approx(value, rel=2**-11, abs=1e-7)
-            elif is_certain:  # half a step of 1/255 in sqrt(p), and never probability 0
-                least = max(np.exp(value / 2), 1 / 255)
-                assert abs(np.exp(found / 2) - least) <= 0.5 / 255 + 1e-6
-            else:  # half a step of 1/8 nat, down to 255 / 8 nats
-                assert abs(found - max(value, -255 / 8)) <= 1 / 16 + 1e-6
+seeds = st.integers(0, 2**32 - 1)
+vocabularies = st.sampled_from([1, 2, 9, 300, 49152, 262144, 1 << 20])
 
 
-@given(supports())
-def test_padding_is_marked_and_counts_say_how_much_there_is(support):
-    ids, logp, certain, order, rank = support
-    entries = encode(ids, logp, certain, rank, "standard")
-    used = ids >= 0
-    assert entries.counts[:, 0].tolist() == (used & certain).sum(1).tolist()
-    assert entries.counts[:, 1].tolist() == (used & ~certain).sum(1).tolist()
-    assert len(entries.gaps) == len(entries.levels) == used.sum()
-    found_ids, found_logp, found_certain = decode(entries, order, "standard")
-    padding = found_ids < 0
-    assert np.isneginf(found_logp[padding]).all()
-    assert not found_certain[padding].any()
-
-
-def test_ids_are_stored_as_gaps_between_ranks_certain_ones_first():
-    rank = np.array([3, 0, 1, 2, 4, 5], np.uint32)
-    ids = np.array([[0, 5, 1, 4]], np.int32)  # ranks 3, 5, 0, 4
-    certain = np.array([[True, True, False, False]])
-    entries = encode(ids, np.full((1, 4), -1.0, np.float32), certain, rank, "standard")
-    assert entries.counts.tolist() == [[2, 2]]
-    assert entries.gaps.tolist() == [3, 1, 0, 3]
-
-
-def test_standard_levels_are_square_roots_and_eighths_of_a_nat():
-    logp = np.log(np.array([[1.0, 0.25, 1e-9]])).astype(np.float32)
-    ids = np.arange(3, dtype=np.int32)[None]
-    rank = np.arange(3, dtype=np.uint32)
-    certain = encode(ids, logp, np.ones((1, 3), bool), rank, "standard")
-    assert certain.levels.tolist() == [255, 128, 1]  # rint(127.5) is even
-    sampled = encode(
-        ids, np.array([[-1.0, -2.06, -90.0]]), np.zeros((1, 3), bool), rank, "standard"
+@given(seeds, vocabularies, st.sampled_from(["standard", "high"]), st.booleans())
+def test_certain_entries_come_back_with_their_ids_and_within_the_bound(
+    seed, vocab_size, precision, floor
+):
+    random = np.random.default_rng(seed)
+    entries = entries_of(random, vocab_size, 6, 40)
+    order = frequency_order(entries.ids, vocab_size, 16)
+    has = entries.count_P > 0
+    first = (entries.count_P.cumsum() - entries.count_P)[has]
+    top1 = np.zeros(6, np.float32)
+    top1[has] = entries.logp[first]
+    planes, floors, found = encode_certain(entries, top1, inverse(order), precision, floor)
+    decoded = decode_certain(
+        planes, entries.count_P, floors if floor else None, top1, order, precision
     )
-    assert sampled.levels.tolist() == [8, 16, 255]
+    table = level_table(precision, floor)
+    bend = 2 * np.log(2 * table.step / table.nats)
+    for before, after in zip(as_dicts(entries), as_dicts(decoded), strict=True):
+        assert before.keys() == after.keys()
+        top = max((value for value, _ in before.values()), default=0)
+        for token, (value, _) in before.items():
+            got = after[token][0]
+            assert got <= top
+            if value == top:
+                assert got == value
+            elif value >= bend + table.nats:
+                bound = table.step / 2 + table.step * table.nats / 16
+                bound += table.step / 2 if top - value < table.nats else 0  # kept below the top
+                assert abs(np.exp(got / 2) - np.exp(value / 2)) <= bound + 1e-5
+            else:
+                bound = table.nats / 2 + table.nats**2 / 24 + 0.05
+                bound += table.nats / 2 if top - value < table.nats else 0
+                assert abs(got - value) <= bound
+    # What the encoder says a reader finds is what it finds.
+    said = Entries(entries.count_P, entries.ids, found)
+    assert as_dicts(said) == as_dicts(decoded)
 
 
-def test_entries_without_probability_stay_finite_in_high_precision():
-    logp = np.array([[0.0, -np.inf]], np.float32)
-    ids, rank = np.array([[0, 1]], np.int32), np.arange(2, dtype=np.uint32)
-    entries = encode(ids, logp, np.ones((1, 2), bool), rank, "high")
-    _, found, _ = decode(entries, rank, "high")
-    assert np.isfinite(found).all()
-    assert np.exp(found).tolist() == [[1.0, 0.0]]
+@given(seeds, vocabularies, st.sampled_from(["standard", "high"]))
+def test_sampled_entries_come_back_with_ids_and_flags_and_within_half_a_step(
+    seed, vocab_size, precision
+):
+    random = np.random.default_rng(seed)
+    entries = entries_of(random, vocab_size, 6, 30, low=-35.0, flat=True)
+    keys = position_keys(seed, np.arange(6, dtype=np.int64) + (1 << 33))
+    planes = encode_sampled(entries, keys, vocab_size, precision)
+    decoded = decode_sampled(planes, entries.count_P, keys, vocab_size, precision)
+    step = PRECISIONS[precision].sampled_step
+    for before, after in zip(as_dicts(entries), as_dicts(decoded), strict=True):
+        assert before.keys() == after.keys()
+        for token, (value, flat) in before.items():
+            assert after[token][1] == flat
+            assert abs(after[token][0] - value) <= step / 2 + 1e-4
 
 
-def test_no_positions_and_empty_positions_decode_to_padding():
-    for num_positions in (0, 3):
+@pytest.mark.parametrize("precision", ["standard", "high"])
+@pytest.mark.parametrize("exponent", [-1.0, -0.5, 0.5, 1.0])
+def test_rounding_of_sampled_entries_has_no_bias_at_any_temperature(precision, exponent):
+    """The mean of exp(exponent * logp) over a million rounded entries, each within 3 standard
+    errors."""
+    number = 1_000_000
+    for value in (-5.3, -9.0, -14.7):
         entries = Entries(
-            np.zeros((num_positions, 2), np.uint16), np.zeros(0, np.uint32), np.zeros(0, np.uint8)
+            np.full(number, 1, np.int64),
+            np.zeros(number, np.uint32),
+            np.full(number, value, np.float32),
+            np.zeros(number, bool),
         )
-        ids, logp, certain = decode(entries, np.arange(4, dtype=np.uint32), "standard")
-        assert ids.shape == (num_positions, 1)
-        assert (ids == -1).all()
-        assert np.isneginf(logp).all()
-        assert not certain.any()
+        keys = np.zeros(number, np.uint32)
+        planes = encode_sampled(entries, keys, 8, precision)
+        found = decode_sampled(planes, entries.count_P, keys, 8, precision)
+        weight = np.exp(exponent * (found.logp.astype(np.float64) - value))
+        weight /= dither_gain(exponent, precision)
+        standard_error = weight.std() / np.sqrt(number)
+        assert abs(weight.mean() - 1) <= 3 * standard_error
 
 
-# --- statistics ----------------------------------------------------------------------------------
+@given(seeds)
+def test_order_of_draws_is_a_permutation_of_each_block(seed):
+    random = np.random.default_rng(seed)
+    keys = np.repeat(random.integers(0, 2**32, 20, dtype=np.uint32), 8)
+    ids = (np.repeat(random.integers(0, 1 << 17, 20), 8) * 8 + np.tile(np.arange(8), 20)).astype(
+        np.uint32
+    )
+    ordered = to_order(keys, ids)
+    assert (ordered >> 3 == ids >> 3).all()
+    assert (np.sort((ordered & 7).reshape(20, 8), axis=1) == np.arange(8)).all()
+    np.testing.assert_array_equal(from_order(keys, ordered >> 3, ordered & 7), ids)
 
 
-@given(st.floats(0, 31.9))
-def test_logp_is_kept_within_half_a_step(nats):
-    found = unpack_logp(pack_logp(np.array([-nats], np.float32)))[0]
-    assert abs(found + nats) <= 0.5 / LOGP_STEPS + 1e-5
+def test_draws_are_those_of_the_capture():
+    import torch
+
+    from logitcache_kernels.uniform import high_bits, row_keys
+
+    positions = np.array([0, 1, 12345, (1 << 40) + 7], np.int64)
+    for seed in (0, 7, (1 << 62) + 3):
+        key0, _ = row_keys(seed, torch.from_numpy(positions))
+        keys = position_keys(seed, positions)
+        assert keys.tolist() == key0.tolist()
+        high = high_bits(key0, 64).numpy()
+        smallest = from_order(
+            np.repeat(keys, 8), np.tile(np.arange(8, dtype=np.uint32), 4), np.zeros(32, np.uint32)
+        )
+        expected = high.reshape(4, 8, 8).argmin(2) + np.arange(8) * 8
+        assert smallest.tolist() == expected.ravel().tolist()
 
 
-def test_logp_ends_at_the_smallest_and_absence_is_no_number():
-    packed = pack_logp(np.array([0.0, -100.0, -np.inf, np.nan, 1e-9], np.float32))
-    assert packed.tolist() == [0, ABSENT - 1, ABSENT - 1, ABSENT, 0]
-    found = unpack_logp(packed)
-    assert found[0] == 0.0
-    assert found[1] == found[2] == np.float32(-(ABSENT - 1) / LOGP_STEPS)
-    assert np.isnan(found[3])
+@pytest.mark.parametrize("table", TABLES)
+def test_levels_decode_to_falling_finite_values_and_encode_back(table: LevelTable):
+    logp = table.logp[table.first :]
+    assert np.isfinite(logp).all()
+    assert (np.diff(logp) < 0).all()
+    np.testing.assert_array_equal(table.encode(logp), np.arange(table.first, 256))
+    assert table.encode(np.array([-np.inf, -1e30], np.float32)).tolist() == [255, 255]
+    assert logp[-1] < -20
 
 
-@given(st.floats(0, 15.9))
-def test_entropy_is_kept_within_half_a_step(nats):
-    found = unpack_entropy(pack_entropy(np.array([nats], np.float32)))[0]
-    assert abs(found - nats) <= 0.5 / ENTROPY_STEPS + 1e-5
+def test_dither_is_even_and_can_be_continued():
+    whole = dither(1000)
+    np.testing.assert_array_equal(whole[300:], dither(700, start=300))
+    assert -0.5 <= whole.min() < -0.49 < 0.49 < whole.max() < 0.5
+    assert abs(whole.mean()) < 1e-3
 
 
-def test_entropy_of_the_largest_vocabulary_fits():
-    assert np.log(2**23) < unpack_entropy(np.array([65535], np.uint16))[0]
-    assert pack_entropy(np.array([99.0])).tolist() == [65535]
+@given(st.lists(st.integers(0, 19), max_size=60), st.integers(0, 20))
+def test_frequent_ids_have_small_ranks_and_the_order_comes_back(ids, length):
+    order = frequency_order(np.array(ids, np.uint32), 20, length)
+    expected = sorted(range(20), key=lambda token: (-ids.count(token), token))[:length]
+    assert order.tolist() == expected + sorted(set(range(20)) - set(expected))
+    np.testing.assert_array_equal(decode_order(encode_order(order)), order)
 
 
-@given(st.floats(-63.9, 63.9))
-def test_partition_is_kept_within_half_a_step(nats):
-    found = unpack_partition(pack_partition(np.array([nats], np.float32)))[0]
-    assert abs(found - nats) <= 0.5 / PARTITION_STEPS + 1e-5
+def test_an_order_that_names_an_id_twice_is_refused():
+    planes = encode_order(np.arange(300, dtype=np.uint32))
+    planes[0, 5] += 1
+    with pytest.raises(StoreError, match="each token id once"):
+        decode_order(planes)
 
 
-def test_an_empty_tail_stays_empty_and_a_small_one_does_not_become_empty():
-    packed = pack_partition(np.array([-np.inf, -1000.0, 0.0, 1000.0], np.float32))
-    assert packed.tolist() == [0, 1, 32768, 65535]
-    found = unpack_partition(packed)
-    assert np.isneginf(found[0])
-    assert np.isfinite(found[1:]).all()
+@given(seeds, st.sampled_from(["standard", "high"]), st.booleans())
+def test_fields_come_back_within_their_bounds(seed, precision, floor):
+    random = np.random.default_rng(seed)
+    number = 50
+    kept = random.random(number) < 0.8
+    tail = random.uniform(-15, 8, (number, len(GRID))).astype(np.float32)
+    tail[random.random(number) < 0.2] = -np.inf
+    gold = random.uniform(-18, 0, number).astype(np.float32)
+    gold[random.random(number) < 0.1] = np.nan
+    fields = Fields(
+        tail,
+        random.uniform(0, 13.8, number).astype(np.float32),
+        random.uniform(-12, 0, number).astype(np.float32),
+        gold,
+    )
+    # One certain entry, exactly the top-1: nothing to make up for.
+    top1 = FINE.logp.take(top1_levels(fields.top1_P, kept))[kept]
+    certain = CertainLogp(kept.astype(np.int64), top1, top1)
+    floors = random.integers(0, 256, number).astype(np.uint8) if floor else None
+    planes = encode_fields(fields, certain, floors, GRID, precision)
+    assert planes.shape == (len(field_names(tail_steps(GRID, precision), floor)), number)
+    assert not planes[:, ~kept].any()
+    found, found_floors = decode_fields(planes, GRID, precision, floor)
+    if floor:
+        np.testing.assert_array_equal(found_floors[kept], floors[kept])
+    assert np.isneginf(found.tail_PT[~kept]).all()
+    empty = np.isneginf(tail).any(1)
+    assert (np.isneginf(found.tail_PT).all(1) == (empty | ~kept)).all()
+    some = kept & ~empty
+    for step in tail_steps(GRID, precision):
+        column = GRID.index(step.temperature)
+        if step.temperature <= 1:
+            error = np.abs(found.tail_PT[some, column] - tail[some, column])
+            assert (error <= 0.5 / step.per_nat + 1e-4).all()
+    assert np.abs(found.entropy_P - fields.entropy_P)[kept].max(initial=0) <= 1 / 32 + 1e-5
+    for got, exact in ((found.top1_P, fields.top1_P), (found.gold_P, gold)):
+        there = kept & ~np.isnan(exact)
+        assert (np.isnan(got) == np.isnan(exact))[kept].all()
+        root = np.abs(np.exp(got / 2) - np.exp(exact / 2))[there]
+        nats = np.abs(got - exact)[there]
+        assert ((root <= 0.5 / 128 + 0.0005) | (nats <= 1 / 16 + 0.001)).all()
 
 
-# --- ranks ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("precision", ["standard", "high"])
+def test_log_partition_above_one_is_right_to_a_step_though_certain_entries_are_rounded(precision):
+    random = np.random.default_rng(1)
+    number, width, vocab_size = 200, 20, 1000
+    logits = random.normal(0, 3.5, (number, vocab_size))
+    logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    order = np.argsort(-logp, axis=1)[:, :width]
+    kept = np.take_along_axis(logp, order, axis=1).astype(np.float32)
+    certain = np.zeros_like(logp, bool)
+    np.put_along_axis(certain, order, True, axis=1)
+    tail = np.stack(
+        [np.log(np.where(certain, 0, np.exp(logp / t)).sum(1)) for t in GRID], axis=1
+    ).astype(np.float32)
+    count = np.full(number, width, np.int64)
+    top1 = FINE.logp.take(top1_levels(kept[:, 0], count > 0))
+    entries = Entries(count, order.ravel().astype(np.uint32), kept.ravel())
+    _, _, found = encode_certain(
+        entries, top1, np.arange(vocab_size, dtype=np.uint32), precision, False
+    )
+    fields = Fields(tail, np.zeros(number, np.float32), kept[:, 0], kept[:, 0])
+    planes = encode_fields(fields, CertainLogp(count, kept.ravel(), found), None, GRID, precision)
+    decoded, _ = decode_fields(planes, GRID, precision, False)
+    found = found.reshape(number, width)
+    shift = np.log(np.exp(found).sum(1) + np.exp(decoded.tail_PT[:, 1]))
+    for column, temperature in enumerate(GRID):
+        if temperature <= 1:
+            continue
+        got = np.exp((found - shift[:, None]) / temperature).sum(1)
+        got += np.exp(decoded.tail_PT[:, column] - shift / temperature)
+        error = np.abs(np.log(got) - np.log(np.exp(logp / temperature).sum(1)))
+        assert error.max() <= 0.01, temperature
+        assert error.mean() <= 0.004, temperature
 
 
-@given(st.lists(st.integers(0, 19), max_size=60))
-def test_frequent_ids_have_small_ranks_and_ties_go_to_the_lower_id(tokens):
-    array = np.array(tokens, np.uint32)
-    id_of_rank, rank_of_id = frequency_rank(array, 20)
-    expected = sorted(range(20), key=lambda token: (-tokens.count(token), token))
-    assert id_of_rank.tolist() == expected
-    assert rank_of_id[id_of_rank].tolist() == list(range(20))
+def test_planes_that_point_beyond_the_vocabulary_are_refused():
+    ends = np.array([1], np.int64)
+    with pytest.raises(StoreError, match="there are 300 token ids"):
+        decode_certain(
+            np.array([[255], [255], [0]], np.uint8),
+            ends,
+            None,
+            np.zeros(1, np.float32),
+            np.arange(300, dtype=np.uint32),
+            "standard",
+        )
+    with pytest.raises(StoreError, match="there are 300 token ids"):
+        decode_sampled(
+            np.full((3, 1), 255, np.uint8), ends, np.zeros(1, np.uint32), 300, "standard"
+        )
+    with pytest.raises(StoreError, match="top-1"):
+        decode_certain(
+            np.array([[1], [0], [3]], np.uint8),
+            ends,
+            None,
+            np.zeros(1, np.float32),
+            np.arange(300, dtype=np.uint32),
+            "standard",
+        )
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "planes"), [(1, 1), (256, 1), (257, 2), (65536, 2), (65537, 3), (262144, 3)]
-)
-def test_gaps_take_as_many_bytes_as_the_largest_rank(vocab_size, planes):
-    assert num_gap_planes(vocab_size) == planes
-    assert (vocab_size - 1).bit_length() <= 8 * planes
+@pytest.mark.parametrize("vocab_size", [1, 256, 257, 65536, 65537, 1 << 20])
+def test_planes_are_as_many_as_the_largest_id_needs(vocab_size):
+    assert (vocab_size - 1).bit_length() <= 8 * (codec.certain_planes(vocab_size) - 1)
+    for precision in PRECISIONS:
+        assert 3 <= codec.sampled_planes(vocab_size, precision) <= 4

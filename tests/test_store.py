@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -16,11 +17,11 @@ import pytest
 import torch
 from tiny import write_jsonl
 
-import logitcache.store
+import logitcache.layout
 from logitcache import build, open_store
 from logitcache.causal_lm import load_causal_lm
-from logitcache.codec import ENTROPY_STEPS, LOGP_STEPS
 from logitcache.errors import Interrupted, LockedError, NonFiniteError, StoreError
+from logitcache.fields import ENTROPY_STEPS
 from logitcache.files import lock
 from logitcache.store import load_store
 from logitcache_kernels import capture, log_partition
@@ -105,7 +106,9 @@ def test_gold_logp_and_entropy_are_within_half_a_step_of_the_exact_ones(batch, e
     logp = logits.double().log_softmax(-1)
     gold = logp.gather(-1, torch.from_numpy(batch.labels.reshape(-1)[at])[:, None])[:, 0].numpy()
     entropy = -(logp.exp() * logp).sum(-1).numpy()
-    assert np.abs(teacher.gold_logp_P[at] - gold).max() <= 0.5 / LOGP_STEPS + 1e-4
+    root = np.abs(np.exp(teacher.gold_logp_P[at] / 2) - np.exp(gold / 2))
+    nats = np.abs(teacher.gold_logp_P[at] - gold)
+    assert ((root <= 0.5 / 128 + 5e-4) | (nats <= 1 / 16 + 1e-3)).all()
     assert np.abs(teacher.entropy_P[at] - entropy).max() <= 0.5 / ENTROPY_STEPS + 1e-4
 
 
@@ -119,20 +122,37 @@ def test_probabilities_are_within_their_quantisation_of_the_exact_ones(batch, ex
     certain = (ids >= 0) & (teacher.inclusion_PK[at] >= 1)
     sampled = (ids >= 0) & ~certain
     found = teacher.logp_PK[at]
-    # Steps of 1/255 in sqrt(p), of 1/8 nat; the sum is set to 1 afterwards, and the largest to the
-    # stored top-1, which may be either of two in one step: 0.7 % of sqrt(p) at most here.
+    # Steps of 1/24 in sqrt(p), of 1 nat below p = 1/144, of 3 nats for sampled entries; then the
+    # sum is set to 1, which moves sqrt(p) by some 3 % at most here.
     error = np.abs(np.exp(found / 2) - np.exp(expected / 2))
-    assert (error[certain] <= 0.5 / 255 + 0.008 * np.exp(expected[certain] / 2)).all()
-    assert np.abs(found - expected)[sampled].max() <= 1 / 16 + 0.012
-    assert np.abs(teacher.top1_logp_P[at] - kept.top1_logp_R.numpy()).max() <= 0.012
-    np.testing.assert_array_equal(found.max(1), teacher.top1_logp_P[at])
-    # What is divided by the inclusion: max(p, p^2 tempered) / threshold from rounded values.
-    tempered = (logits.double() / 2).log_softmax(-1).numpy()
-    exact_inclusion = np.maximum(expected, np.take_along_axis(tempered, np.maximum(ids, 0), axis=1))
-    exact_inclusion = np.minimum(np.exp(exact_inclusion) / 0.05, 1)
-    ratio = teacher.inclusion_PK[at][sampled] / exact_inclusion[sampled]
-    assert np.abs(np.log(ratio)).max() <= 1 / 16 + 0.03
+    near_top = expected > expected.max(1, keepdims=True) - 1  # kept below the top-1 entry
+    bound = np.where(near_top, 1.08, 0.58) / 24 + 0.03 * np.exp(expected / 2)
+    assert (error[certain] <= bound[certain]).all()
+    assert np.abs(found - expected)[sampled].max() <= 1.5 + 0.07
+    root = np.abs(np.exp(teacher.top1_logp_P[at] / 2) - np.exp(kept.top1_logp_R.numpy() / 2))
+    assert root.max() <= 0.5 / 128 + 0.03
+    np.testing.assert_allclose(found.max(1), teacher.top1_logp_P[at], atol=1e-6)
     assert (teacher.inclusion_PK[at][sampled] < 1).all()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0])
+def test_sampled_target_adds_up_to_the_exact_one_on_average(batch, exact, number, temperature):
+    """Mass of p^T / inclusion over all positions against the tail's exact mass: no bias."""
+    at, captures = exact
+    teacher = batch.teachers[number]
+    sparse = teacher.sparse_teacher(temperature)
+    logits, _ = captures[number]
+    p = (logits.double() / temperature).softmax(-1)
+    certain = (sparse.ids_RK >= 0) & (sparse.inclusion_RK >= 1)
+    target = (sparse.logp_RK / temperature - sparse.log_partition_R[:, None]).double().exp()
+    target = target / sparse.inclusion_RK.clamp_min(1e-9)
+    drawn = torch.where((sparse.ids_RK >= 0) & ~certain, target, 0.0).sum(1)[at]
+    mask = torch.zeros_like(p, dtype=torch.bool)
+    rows, columns = certain[at].nonzero(as_tuple=True)
+    mask[rows, sparse.ids_RK[at][rows, columns].long()] = True
+    difference = drawn - p.masked_fill(mask, 0.0).sum(1)
+    assert abs(difference.mean()) <= 3 * difference.std() / len(at) ** 0.5
 
 
 def test_certain_entries_and_tail_add_up_to_one(batch):
@@ -235,7 +255,7 @@ def test_padded_output_rows_are_never_kept_and_do_not_change_the_rest(tmp_path, 
     one, other = open_store(tmp_path / "store")[:], open_store(built.path)[:]
     assert one.teachers[0].ids_PK.max() < 300
     np.testing.assert_allclose(
-        one.teachers[0].gold_logp_P, other.teachers[0].gold_logp_P, atol=1 / LOGP_STEPS
+        one.teachers[0].gold_logp_P, other.teachers[0].gold_logp_P, atol=1 / 8
     )
 
 
@@ -280,7 +300,9 @@ def copied(tmp_path, built) -> Path:
 
 
 def shard_files(store: Path) -> list[Path]:
-    return sorted(path for path in store.rglob("*") if path.is_file() and "/c/" in path.as_posix())
+    return sorted(
+        path for path in store.rglob("*") if path.is_file() and path.name.startswith("c.")
+    )
 
 
 def test_every_shard_file_is_committed_with_its_hash(built):
@@ -289,14 +311,14 @@ def test_every_shard_file_is_committed_with_its_hash(built):
         name for part in ("rows", "teacher1", "teacher2") for name in store.commit(part, 0)["files"]
     }
     found = {path.relative_to(built.path).as_posix() for path in shard_files(built.path)}
-    assert found == files | {"id_of_rank/c/0"}
+    assert found == files
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied", "deleted"])
 def test_a_damaged_shard_file_is_an_error_and_never_zeros(copied, damage):
     good = open_store(copied)
     everything = list(range(len(good)))
-    good[everything]
+    expected = good[everything]
     for path in shard_files(copied):
         content = path.read_bytes()
         if damage == "flipped":
@@ -310,16 +332,21 @@ def test_a_damaged_shard_file_is_an_error_and_never_zeros(copied, damage):
             path.unlink()
         with pytest.raises(StoreError):
             open_store(copied)[everything]
-        if "id_of_rank" not in str(path):  # a reader that was open before notices too
-            with pytest.raises(StoreError, match="cannot be read"):
-                good[everything]
+        # A reader that has the file open notices, or reads what was there.
+        again = None
+        with contextlib.suppress(StoreError):
+            again = good[everything]
+        if again is not None:
+            np.testing.assert_array_equal(again.rows.tokens, expected.rows.tokens)
+            for one, other in zip(again.teachers, expected.teachers, strict=True):
+                np.testing.assert_array_equal(one.logp_PK, other.logp_PK)
         path.write_bytes(content)
     open_store(copied)[everything]
 
 
 def test_any_flipped_byte_of_a_shard_is_noticed_or_changes_nothing(copied):
     """Chunks and the shard's index carry checksums; every byte belongs to one of them."""
-    path = copied / "teacher1" / "statistics" / "c" / "0" / "0" / "0"
+    path = copied / "teacher1" / "fields" / "c.0.0.0"
     content = path.read_bytes()
     expected = open_store(copied)[:].teachers[0].gold_logp_P
     for at in np.random.default_rng(0).integers(0, len(content), 25).tolist() + [len(content) - 1]:
@@ -335,9 +362,11 @@ def test_any_flipped_byte_of_a_shard_is_noticed_or_changes_nothing(copied):
     "name",
     [
         "zarr.json",
+        "commits/store.json",
+        "commits/teacher1.json",
         "rows/tokens/zarr.json",
         "teacher1/zarr.json",
-        "teacher1/level/zarr.json",
+        "teacher1/certain/zarr.json",
         "commits/rows-000000.json",
         "commits/teacher2-000000.json",
     ],
@@ -366,9 +395,9 @@ def test_a_store_of_a_newer_format_is_refused(copied, built):
 
 def test_what_is_damaged_is_built_again_to_the_same_bytes(copied, built):
     before = contents(copied)
-    (copied / "teacher1" / "level" / "c" / "0" / "0").write_bytes(b"")
-    (copied / "teacher1" / "level" / "c" / "0" / "0.1a2b.partial").write_bytes(b"left by a kill")
-    (copied / "rows" / "tokens" / "c" / "0" / "0").unlink()
+    (copied / "teacher1" / "certain" / "c.0.0.0").write_bytes(b"")
+    (copied / "teacher1" / "certain" / ".c.0.0.0.tmp").write_bytes(b"left by a kill")
+    (copied / "rows" / "tokens" / "c.0.0").unlink()
     (copied / "commits" / "teacher2-000000.json").write_text("{")
     build(out=copied, **built.settings)
     assert contents(copied) == before
@@ -382,7 +411,7 @@ def sharded(tmp_path_factory, built):
     """The shared store's settings with shards of four rows, and the finished store's files."""
     path = tmp_path_factory.mktemp("sharded") / "store"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logitcache.store, "SHARD_POSITIONS", SMALL_SHARDS)
+        patch.setattr(logitcache.layout, "SHARD_POSITIONS", SMALL_SHARDS)
         build(out=path, **built.settings)
     assert len(load_store(path).ranges) >= 4
     return contents(path)
@@ -390,7 +419,7 @@ def sharded(tmp_path_factory, built):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(logitcache.store, "SHARD_POSITIONS", SMALL_SHARDS)
+    monkeypatch.setattr(logitcache.layout, "SHARD_POSITIONS", SMALL_SHARDS)
 
 
 def test_two_builds_are_byte_identical(tmp_path, built):
@@ -402,7 +431,7 @@ def test_shards_hold_what_one_shard_holds(tmp_path, built, sharded, small_shards
     build(out=tmp_path / "store", **built.settings)
     one, other = open_store(tmp_path / "store")[:], open_store(built.path)[:]
     for a, b in zip(one.teachers, other.teachers, strict=True):
-        np.testing.assert_allclose(a.gold_logp_P, b.gold_logp_P, atol=1 / LOGP_STEPS)
+        np.testing.assert_allclose(a.gold_logp_P, b.gold_logp_P, atol=1 / 8)
         assert ((a.ids_PK >= 0).sum(1) == (b.ids_PK >= 0).sum(1)).mean() > 0.99
 
 
@@ -447,9 +476,9 @@ def test_a_build_stopped_while_it_reads_writes_nothing(tmp_path, built):
 
 def test_a_build_that_was_killed_goes_on_to_the_same_bytes(tmp_path, built, sharded, small_shards):
     script = f"""
-import os, signal, sys, logitcache.store
+import os, signal, sys, logitcache.layout
 from pathlib import Path
-logitcache.store.SHARD_POSITIONS = {SMALL_SHARDS}
+logitcache.layout.SHARD_POSITIONS = {SMALL_SHARDS}
 from logitcache import build
 def report(teacher, done, total, written, shard):
     if teacher == "teacher2" and shard == 1:

@@ -1,0 +1,251 @@
+"""Zarr v3 arrays of the one shape that a store uses: sharded chunks, each zstd and crc32c.
+
+Every array is [N, planes, E] or [N, E]; an inner chunk is (a piece of) one plane of one row, and
+one shard file holds all planes of a number of rows, in C order, its index at the end. Chunks that
+are all zeros are left out, as Zarr does; the index, which is checksummed too, says so.
+
+Files are written whole, and read by one pread a row: 20 times faster than through zarr, which can
+read them too (STORE facts: 590 us a chunk there).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs import zstd
+
+from .errors import StoreError
+from .files import fsync_path
+
+# Byte planes are Huffman coded in effect; higher levels find matches that cost more than they save
+# (2026-11, SmolLM2-135M: 46.2 bytes at level 1, 46.4 at 3, 46.1 at 6).
+ZSTD_LEVEL = 1
+_ABSENT = np.uint64(2**64 - 1)
+_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array: its path within the store, shape, inner chunk, rows per shard file, dtype."""
+
+    path: str
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    shard_rows: int
+    dtype: str = "uint8"
+
+    @property
+    def pieces(self) -> int:
+        """Chunks of one plane."""
+        return self.shape[-1] // self.chunk[-1]
+
+    @property
+    def chunks_per_row(self) -> int:
+        return math.prod(self.shape[1:-1]) * self.pieces
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.chunk[-1] * np.dtype(self.dtype).itemsize
+
+    @property
+    def index_bytes(self) -> int:
+        return 16 * self.shard_rows * self.chunks_per_row + 4
+
+    def shard_name(self, shard: int) -> str:
+        """Path of a shard file within the store."""
+        return ".".join((f"{self.path}/c", str(shard), *("0" for _ in self.shape[1:])))
+
+    def metadata(self) -> dict[str, Any]:
+        """The array's zarr.json."""
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        inner = [
+            {"name": "bytes"} if self.dtype in ("uint8", "bool") else little,
+            {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}},
+            {"name": "crc32c"},
+        ]
+        sharding = {
+            "chunk_shape": list(self.chunk),
+            "codecs": inner,
+            "index_codecs": [little, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.dtype,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [self.shard_rows, *self.shape[1:]]},
+            },
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": False if self.dtype == "bool" else 0,
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "attributes": {},
+            "storage_transformers": [],
+        }
+
+
+def pack_shard(spec: ArraySpec, rows: Iterable[Sequence[np.ndarray]]) -> bytes:
+    """Make a shard file. A row is its planes, each 1-D and at most E long; zeros follow."""
+    index = np.full((spec.shard_rows * spec.chunks_per_row, 2), _ABSENT, "<u8")
+    parts: list[bytes] = []
+    offset = 0
+    for row, planes in enumerate(rows):
+        for number, plane in enumerate(planes):
+            for piece in range(-(-len(plane) // spec.chunk[-1])):
+                part = plane[piece * spec.chunk[-1] : (piece + 1) * spec.chunk[-1]]
+                if not part.any():
+                    continue
+                if len(part) < spec.chunk[-1]:
+                    part = np.concatenate((part, np.zeros(spec.chunk[-1] - len(part), part.dtype)))
+                whole = np.ascontiguousarray(part, spec.dtype).view(np.uint8)
+                packed = zstd.compress(whole, ZSTD_LEVEL)
+                packed += google_crc32c.value(packed).to_bytes(4, "little")
+                index[row * spec.chunks_per_row + number * spec.pieces + piece] = (
+                    offset,
+                    len(packed),
+                )
+                parts.append(packed)
+                offset += len(packed)
+    table = index.tobytes()
+    parts += [table, google_crc32c.value(table).to_bytes(4, "little")]
+    return b"".join(parts)
+
+
+def write_durable(root: Path, files: Mapping[str, bytes]) -> None:
+    """Write files, by name within root, so that each is whole or absent, and all are still there
+    after a power loss. One sync a file and one a folder."""
+    folders: set[Path] = set()
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folders |= {*path.parents[: len(Path(name).parts)]}
+    for folder in sorted(folders, reverse=True):  # inner ones first
+        fsync_path(folder)
+
+
+def open_regular(root: Path, name: str) -> int:
+    """Open root/name for reading; a descriptor. StoreError if it is no plain file or reached by a
+    link, as a store from elsewhere might have."""
+    path = root / name
+    if os.path.realpath(path) != os.path.join(os.path.realpath(root), name):
+        raise StoreError(f"{path}: a link, or it leaves the store {root}")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StoreError(f"{path}: expected a plain file")
+    return descriptor
+
+
+class ShardFile:
+    """An open shard file with its index. Reads are preads: any thread may."""
+
+    def __init__(self, root: Path, spec: ArraySpec, shard: int, size: int, index_crc: int):
+        """size and index_crc as its commit record says. StoreError if the file is not that one."""
+        self.spec = spec
+        self.path = root / spec.shard_name(shard)
+        try:
+            self._descriptor = open_regular(root, spec.shard_name(shard))
+        except OSError as error:
+            raise StoreError(f"{self.path}: cannot be opened: {error.strerror}") from None
+        found = os.fstat(self._descriptor).st_size
+        if found != size or size < spec.index_bytes:
+            raise StoreError(f"{self.path}: expected {size} bytes, found {found}")
+        table = self._pread(spec.index_bytes, size - spec.index_bytes)
+        stored = int.from_bytes(table[-4:], "little")
+        if stored != google_crc32c.value(table[:-4]):
+            raise StoreError(f"{self.path}: its index fails its checksum")
+        if stored != index_crc:
+            raise StoreError(f"{self.path}: is another shard than its commit record says")
+        index = np.frombuffer(table[:-4], "<u8").reshape(-1, 2)
+        self._present = index[:, 0] != _ABSENT
+        room = size - spec.index_bytes
+        # Nothing wraps: an offset within the file, then a length within what is left of it.
+        fits = (index[:, 0] <= room) & (index[:, 1] <= room)
+        fits &= index[:, 1] <= spec.chunk_bytes + 4096
+        index = np.where(self._present[:, None], index, 0)
+        if not (fits | ~self._present).all() or (index.sum(1) > room).any():
+            raise StoreError(f"{self.path}: its index points outside the file")
+        self._index = index.astype(np.int64)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def _pread(self, length: int, offset: int) -> bytes:
+        data = os.pread(self._descriptor, length, offset)
+        if len(data) != length:
+            raise StoreError(f"{self.path}: expected {length} bytes at {offset}, found {len(data)}")
+        return data
+
+    def read(self, row: int, length: int) -> np.ndarray:
+        """The first ``length`` elements of each plane of the shard's row: [planes, length].
+
+        StoreError if a chunk fails its checksum or is not what its index says.
+        """
+        spec = self.spec
+        if length > spec.shape[-1]:
+            raise StoreError(
+                f"{self.path}: expected at most {spec.shape[-1]} entries in a row, found {length}"
+            )
+        first = row * spec.chunks_per_row
+        index = self._index[first : first + spec.chunks_per_row].tolist()
+        present = self._present[first : first + spec.chunks_per_row].tolist()
+        spans = [(o, o + n) for (o, n), there in zip(index, present, strict=True) if there]
+        start, stop = (min(s[0] for s in spans), max(s[1] for s in spans)) if spans else (0, 0)
+        data = memoryview(self._pread(stop - start, start))
+        needed = -(-length // spec.chunk[-1])
+        size = spec.chunk_bytes
+        out = np.empty((spec.chunks_per_row // spec.pieces, needed * size), np.uint8)
+        for number, plane in enumerate(out):
+            for piece in range(needed):
+                at = number * spec.pieces + piece
+                target = plane[piece * size : (piece + 1) * size]
+                if not present[at]:
+                    target[:] = 0
+                    continue
+                offset, count = index[at]
+                self._unpack(data[offset - start : offset - start + count], target)
+        return out.view(spec.dtype)[:, :length]
+
+    def _unpack(self, packed: memoryview, target: np.ndarray) -> None:
+        body = packed[:-4]
+        if int.from_bytes(packed[-4:], "little") != google_crc32c.value(bytes(body)):
+            raise StoreError(f"{self.path}: a chunk fails its checksum")
+        if frame_content_size(body[:18]) != len(target):
+            raise StoreError(f"{self.path}: a chunk does not unpack to {len(target)} bytes")
+        try:
+            zstd.decompress(body, target)
+        except (RuntimeError, ValueError) as error:
+            raise StoreError(f"{self.path}: a chunk cannot be unpacked: {error}") from None
+
+
+def frame_content_size(header: bytes | memoryview) -> int | None:
+    """What a zstd frame says it unpacks to, before anything is unpacked; None if it does not say.
+
+    RFC 8878, section 3.1.1.1.
+    """
+    if len(header) < 6 or header[:4] != _MAGIC:
+        return None
+    descriptor = header[4]
+    single = descriptor >> 5 & 1
+    width = (1 if single else 0, 2, 4, 8)[descriptor >> 6]
+    at = 5 + (not single) + (0, 1, 2, 4)[descriptor & 3]
+    if not width or len(header) < at + width:
+        return None
+    return int.from_bytes(header[at : at + width], "little") + (256 if width == 2 else 0)

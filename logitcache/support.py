@@ -1,0 +1,143 @@
+"""One teacher on one row: what the capture kept, as byte planes and back. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .codec import (
+    Entries,
+    decode_certain,
+    decode_sampled,
+    encode_certain,
+    encode_sampled,
+    has_floor,
+)
+from .draws import position_keys
+from .fields import CertainLogp, Fields, decode_fields, encode_fields, top1_levels
+from .levels import FINE
+
+
+@dataclass(frozen=True)
+class Support:
+    """A teacher at the L positions of a row. sampled: None for estimators without any.
+
+    Positions at which nothing was kept have no entries. After ``decode_row`` certain entries and
+    tail add up to 1.
+    """
+
+    certain: Entries
+    sampled: Entries | None
+    fields: Fields
+
+
+def support_of(
+    captured: Mapping[str, np.ndarray],
+    at: np.ndarray,
+    seq_len: int,
+    attributes: Mapping[str, Any],
+) -> Support:
+    """One row from a capture of some of its positions, which are its tokens ``at``.
+
+    captured: ids, logp, inclusion, certain [P, K], tail [P, T], entropy, top1, gold [P]; entries
+    of a position by falling logp, ids -1 where it was skipped.
+    """
+    ids_PK, certain_PK, logp_PK = captured["ids"], captured["certain"], captured["logp"]
+
+    def entries(mask_PK: np.ndarray, flat_PK: np.ndarray | None) -> Entries:
+        count = np.zeros(seq_len, np.int64)
+        count[at] = mask_PK.sum(1)
+        flat = None if flat_PK is None else flat_PK[mask_PK]
+        return Entries(count, ids_PK[mask_PK].astype(np.uint32), logp_PK[mask_PK], flat)
+
+    def field(name: str, absent: float) -> np.ndarray:
+        values = captured[name]
+        whole = np.full((seq_len, *values.shape[1:]), absent, np.float32)
+        whole[at] = values
+        return whole
+
+    sampled = None
+    if attributes["estimator"] == "sampled":
+        # inclusion = max(p, p^S) / threshold: is p the larger?
+        ratio_PK = captured["inclusion"] * np.float32(attributes["threshold"])
+        flat_PK = ratio_PK <= np.exp(logp_PK) * np.float32(1 + 1e-5)
+        sampled = entries((ids_PK >= 0) & ~certain_PK, flat_PK)
+    fields = Fields(
+        field("tail", -np.inf), field("entropy", 0.0), field("top1", 0.0), field("gold", np.nan)
+    )
+    return Support(entries(certain_PK, None), sampled, fields)
+
+
+def encode_row(
+    support: Support,
+    attributes: Mapping[str, Any],
+    temperatures: list[float],
+    rank_of_id: np.ndarray,
+    row: int,
+) -> dict[str, np.ndarray]:
+    """Give the planes of each array of a teacher: uint8 or uint16 [planes, elements]."""
+    floor, precision = has_floor(attributes), attributes["precision"]
+    certain = support.certain
+    counts = [certain.count_P]
+    top1_P = FINE.logp.take(top1_levels(support.fields.top1_P, certain.count_P > 0))
+    planes = {}
+    planes["certain"], floor_P, found = encode_certain(
+        certain, top1_P, rank_of_id, precision, floor
+    )
+    planes["fields"] = encode_fields(
+        support.fields,
+        CertainLogp(certain.count_P, certain.logp, found),
+        floor_P if floor else None,
+        temperatures,
+        precision,
+    )
+    if support.sampled is not None:
+        counts.append(support.sampled.count_P)
+        keys = _keys(attributes, row, len(certain.count_P))
+        planes["sampled"] = encode_sampled(support.sampled, keys, len(rank_of_id), precision)
+    planes["count"] = np.stack(counts)
+    return planes
+
+
+def decode_row(
+    planes: Mapping[str, np.ndarray],
+    attributes: Mapping[str, Any],
+    temperatures: list[float],
+    id_of_rank: np.ndarray,
+    row: int,
+) -> Support:
+    """Undo encode_row."""
+    floor, precision = has_floor(attributes), attributes["precision"]
+    count_P = planes["count"][0].astype(np.int64)
+    fields, floor_P = decode_fields(planes["fields"], temperatures, precision, floor)
+    has = count_P > 0
+    certain = decode_certain(
+        planes["certain"], count_P, floor_P, fields.top1_P, id_of_rank, precision
+    )
+    # F(1) is 0: take it off, so that certain entries and tail add up to 1. Sampled entries stay as
+    # they are: F(T) above 1 is stored for the exact values (see encode_fields), and so are they.
+    one = temperatures.index(1.0)
+    total_P = np.exp(fields.tail_PT[:, one])
+    if len(certain.logp):
+        starts = (count_P.cumsum() - count_P)[has]
+        total_P[has] += np.add.reduceat(np.exp(certain.logp), starts)
+    shift_P = np.log(total_P, where=has, out=np.zeros_like(total_P))
+    np.subtract(certain.logp, np.repeat(shift_P, count_P), out=certain.logp)
+    sampled = None
+    if "sampled" in planes:
+        sampled_P = planes["count"][1].astype(np.int64)
+        keys = _keys(attributes, row, len(count_P))
+        sampled = decode_sampled(planes["sampled"], sampled_P, keys, len(id_of_rank), precision)
+    inverse = np.float32(1) / np.asarray(temperatures, np.float32)
+    np.subtract(fields.tail_PT, shift_P[:, None] * inverse, out=fields.tail_PT)
+    top1_P = np.where(has, fields.top1_P - shift_P, np.float32(np.nan))
+    gold_P = np.where(has, fields.gold_P, np.float32(np.nan))
+    return Support(certain, sampled, Fields(fields.tail_PT, fields.entropy_P, top1_P, gold_P))
+
+
+def _keys(attributes: Mapping[str, Any], row: int, seq_len: int) -> np.ndarray:
+    positions = row * seq_len + np.arange(seq_len, dtype=np.int64)
+    return position_keys(int(attributes["seed"]), positions)

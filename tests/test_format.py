@@ -1,0 +1,155 @@
+"""docs/format.md is enough to read a store: a reader of its own, plain Python on zarr's arrays."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import zarr
+
+from logitcache import build, open_store
+
+CHAIN = [
+    (1.0, 32, -256 * 112, {}),
+    (2.0, 64, 256 * 270, {1.0: 348}),
+    (4.0, 64, 256 * 257, {1.0: -74, 2.0: 188}),
+    (1.5, 128, 256 * 302, {1.0: 229, 2.0: 646, 4.0: -364}),
+    (3.0, 64, -256 * 95, {2.0: 52, 4.0: 241}),
+    (0.5, 8, -256 * 10, {1.0: 183, 1.5: -28}),
+]
+MASK = 0xFFFFFFFF
+
+
+def level_logp(level: int, step: float, nats: float, first: int) -> float:
+    y = level - first
+    bend = (1 - 2 * step / nats) / step
+    if y <= bend:
+        r = 1 - y * step
+        return 2 * math.log(r - (step**2 / (8 * r) if y > 0 else 0))
+    return 2 * math.log(2 * step / nats) - nats * (y - bend) - nats**2 / 24
+
+
+def dither(i: int) -> float:
+    return ((i * 0x9E3779B9) % 2**32 // 256) / 2**24 - 0.5
+
+
+def mix(x: int) -> int:
+    x ^= x >> 16
+    x = x * 0x7FEB352D & MASK
+    x ^= x >> 15
+    x = x * 0x846CA68B & MASK
+    return x ^ x >> 16
+
+
+def place_to_id(block: int, place: int, seed: int, position: int) -> int:
+    key = mix(mix((seed & MASK) ^ 0x9E3779B9) ^ (seed >> 32))
+    key = mix(mix(key ^ (position & MASK)) ^ (position >> 32))
+
+    def u(token: int) -> int:
+        word = mix(key + (token // 2) * 0x9E3779B9 & MASK)
+        return (word >> 16 * (token % 2) & 0xFFFF) << 16 | token % 8
+
+    return sorted(range(8 * block, 8 * block + 8), key=u)[place]
+
+
+def read_row(store, name: str, row: int):
+    """Per position: {id: (kind, logp)}, G by temperature, entropy, top-1 and gold logp."""
+    root = zarr.open_group(str(store), mode="r", zarr_format=3, use_consolidated=False)
+    manifest = root.attrs["logitcache"]
+    teacher, group = root[name].attrs["logitcache"], root[name]
+    high = teacher["precision"] == "high"
+    floor = teacher["estimator"] != "sampled" and teacher["min_prob"] == 0
+    table = (1 / 100, 1 / 6, 1) if high else (1 / 35, 2, 1) if floor else (1 / 24, 1, 1)
+    order = group["order"][row // manifest["shard_rows"]].astype(int)
+    id_of_rank = np.cumsum(order[0] + 256 * order[1] + 65536 * order[2]) % 2**24
+    count, fields = group["count"][row].astype(int), group["fields"][row].astype(int)
+    certain = group["certain"][row].astype(int)
+    sampled = group["sampled"][row].astype(int) if "sampled" in group else None
+    bits, step = (8, 0.5) if high else (5, 3.0)
+    at_certain = at_sampled = 0
+    positions = []
+    for position in range(manifest["seq_len"]):
+        column = fields[:, position].tolist()
+        top1, names = column[0], column[3 + floor :]
+        gold = (column[1] + top1) % 256
+        entropy = (column[2] + 3 * top1 // 4) % 256 / 16
+        q, tail = {}, {}
+        for number, (temperature, steps, constant, weights) in enumerate(CHAIN):
+            code = names[number] + 256 * names[number + len(CHAIN)]
+            steps, constant = steps * (4 if high else 1), constant * (4 if high else 1)
+            left = (code - 1) // 2 if code % 2 else -(code // 2)
+            total = constant + 128 + sum(w * q[t] for t, w in weights.items())
+            q[temperature] = left + total // 256 if code else 0
+            tail[temperature] = (q[temperature] - dither(position)) / steps if code else -math.inf
+        entries, rank = {}, -1
+        top1_logp = level_logp(top1, 1 / 128, 1 / 8, 0)
+        for _ in range(count[0][position]):
+            gap = sum(int(certain[p][at_certain]) << 8 * p for p in range(len(certain) - 1))
+            rank += gap + 1
+            level = int(certain[-1][at_certain])
+            if level and floor:
+                level = column[3] - level + 1
+            logp = level_logp(level, *table) if level else top1_logp
+            entries[int(id_of_rank[rank])] = ("certain", logp)
+            at_certain += 1
+        if entries:
+            shift = math.log(sum(math.exp(x) for _, x in entries.values()) + math.exp(tail[1.0]))
+            entries = {token: (kind, x - shift) for token, (kind, x) in entries.items()}
+            tail = {t: g - shift / t for t, g in tail.items()}
+            top1_logp -= shift
+        block = 0
+        for _ in range(count[1][position] if sampled is not None else 0):
+            word = sum(int(sampled[p][at_sampled]) << 8 * p for p in range(len(sampled)))
+            value = word & (1 << bits) - 1
+            gap = (word & 255) >> bits | (word >> 8 & 255) << 8 - bits | word >> 19 << 16 - bits
+            block += gap
+            place = word >> 16 & 7
+            token = 8 * block + place
+            if not high:
+                where = row * manifest["seq_len"] + position
+                token = place_to_id(block, place, teacher["seed"], where)
+            kind = "flat" if value >> bits - 1 else "tempered"
+            level = value & (1 << bits - 1) - 1
+            entries[token] = (kind, -step * (level - dither(at_sampled)))
+            at_sampled += 1
+        gold_logp = None if gold == 255 else level_logp(gold, 1 / 128, 1 / 8, 0)
+        positions.append((entries, tail, entropy, top1_logp, gold_logp))
+    return positions
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"precision": "high"},
+        {"estimator": "topk"},
+        {"estimator": "topk", "min_prob": 0.0, "top_k": 20},
+        {"sample_temperature": 1.0, "min_prob": 0.05, "seed": (1 << 40) + 5},
+    ],
+)
+def test_a_reader_written_from_the_document_finds_the_same_values(tmp_path, built, settings):
+    path = tmp_path / "store"
+    build(out=path, **{**built.settings, "teacher2": None, **settings})
+    reader = open_store(path)
+    for row in (0, len(reader) - 1):
+        teacher = reader[row].teachers[0]
+        for position, (entries, tail, entropy, top1, gold) in enumerate(
+            read_row(path, "teacher1", row)
+        ):
+            kept = teacher.ids_PK[position] >= 0
+            assert set(teacher.ids_PK[position][kept].tolist()) == entries.keys()
+            if not entries:
+                assert np.isneginf(teacher.tail_PT[position]).all()
+                continue
+            for slot in np.flatnonzero(kept):
+                kind, logp = entries[int(teacher.ids_PK[position, slot])]
+                assert teacher.logp_PK[position, slot] == pytest.approx(logp, abs=2e-4)
+                if teacher.inclusion_PK is not None:
+                    assert (teacher.inclusion_PK[position, slot] >= 1) == (kind == "certain")
+                    assert teacher.flat_PK[position, slot] == (kind == "flat")
+            expected = [tail[t] for t in teacher.temperatures]
+            np.testing.assert_allclose(teacher.tail_PT[position], expected, atol=2e-4)
+            assert teacher.entropy_P[position] == entropy
+            assert teacher.top1_logp_P[position] == pytest.approx(top1, abs=2e-4)
+            assert teacher.gold_logp_P[position] == pytest.approx(gold, abs=2e-4)
