@@ -21,11 +21,10 @@ from typing import Any, NoReturn
 import click
 
 from .errors import LogitCacheError
+from .files import DISK_FULL
 
 _RESOURCE_ERRORS = {
-    errno.ENOSPC: "disk full",
-    errno.EDQUOT: "disk quota reached",
-    errno.EFBIG: "file too large",
+    **DISK_FULL,
     errno.EACCES: "no permission",
     errno.EPERM: "no permission",
     errno.EROFS: "read-only file system",

@@ -22,7 +22,7 @@ import numpy as np
 
 from .buffers import Buffers
 from .codec import decode_order
-from .errors import StoreError
+from .errors import ResourceError, StoreError
 from .layout import ROW_ARRAYS, TEACHERS
 from .packing import Rows
 from .padded import TeacherSupport, side_by_side
@@ -201,6 +201,8 @@ def _named(store: Store, part: str, row: int) -> Iterator[None]:
     """Say in a StoreError which row could not be read, and what to do."""
     try:
         yield
+    except ResourceError:  # nothing is wrong with the store
+        raise
     except (StoreError, OSError, ValueError, RuntimeError) as error:
         raise StoreError(
             f"{store.path}: {part}: row {row} cannot be read: {error}",

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,15 @@ import numpy as np
 
 from .codec import encode_order, frequency_order, inverse
 from .errors import StoreError, UsageError
-from .files import to_json, write_atomic
+from .files import (
+    delete,
+    make_folder,
+    read_at,
+    refuse_resource,
+    to_json,
+    write_atomic,
+    write_durable,
+)
 from .layout import (
     FORMAT,
     TEACHERS,
@@ -34,7 +41,7 @@ from .layout import (
     teacher_specs,
 )
 from .packing import Rows
-from .shards import ArraySpec, ShardFile, open_regular, pack_shard, write_durable
+from .shards import ArraySpec, ShardFile, open_regular, pack_shard
 from .support import Support, encode_row
 
 _ATTRIBUTE = "logitcache"
@@ -163,9 +170,12 @@ def read_small(path: Path, most: int = _MAX_JSON_BYTES) -> bytes:
     try:
         descriptor = open_regular(root, path.name)
     except OSError as error:
+        refuse_resource(error, path)
         raise StoreError(f"{path}: cannot be read: {error.strerror}", "rebuild the store") from None
-    with open(descriptor, "rb") as file:
-        content = file.read(most + 1)
+    try:
+        content = read_at(descriptor, min(os.fstat(descriptor).st_size, most) + 1, 0, path)
+    finally:
+        os.close(descriptor)
     if len(content) > most:
         raise StoreError(f"{path}: larger than {most} bytes, not a file of a store")
     return content
@@ -296,9 +306,9 @@ def load_tokenizer_content(path: Path) -> dict[str, Any]:
 
 def create_store(path: Path, manifest: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Store:
     """Create an empty store. The root's metadata is written last: it makes it a store."""
-    path.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(path / "commits", ignore_errors=True)  # of a store that was deleted half-way
-    (path / "commits").mkdir()
+    make_folder(path)
+    delete(path / "commits")  # of a store that was deleted half-way
+    make_folder(path / "commits")
     store = Store(path, check_manifest(dict(manifest), path), {})
     write_atomic(path / "tokenizer.json", to_json(tokenizer))
     metadata = _metadata(store, "rows")
@@ -312,9 +322,8 @@ def create_store(path: Path, manifest: Mapping[str, Any], tokenizer: Mapping[str
 def create_teacher(store: Store, name: str, attributes: Mapping[str, Any]) -> Store:
     """Create a teacher's group, in place of one that is there."""
     for record in sorted((store.path / "commits").glob(f"{name}*.json")):
-        record.unlink()
-    if (store.path / name).exists():
-        shutil.rmtree(store.path / name)
+        delete(record)
+    delete(store.path / name)
     attributes = check_teacher(dict(attributes), name)
     made = Store(store.path, store.manifest, {**store.teachers, name: attributes})
     texts = {file: to_json(value).encode() for file, value in _metadata(made, name).items()}
@@ -331,7 +340,7 @@ def restore_metadata(
 ) -> Store:
     """Write the metadata of a store and its teachers anew, and nothing else."""
     store = Store(path, dict(manifest), {name: dict(a) for name, a in teachers.items()})
-    (path / "commits").mkdir(exist_ok=True)
+    make_folder(path / "commits")
     write_atomic(path / "tokenizer.json", to_json(tokenizer))
     for part in ("rows", *store.teachers):
         texts = {name: to_json(value).encode() for name, value in _metadata(store, part).items()}
@@ -397,7 +406,7 @@ def _commit(
     store: Store, part: str, shard: int, content: Mapping[str, bytes], summary: Mapping[str, Any]
 ) -> None:
     """Make a shard's files durable, then its record; an old one goes first."""
-    store.commit_path(part, shard).unlink(missing_ok=True)
+    delete(store.commit_path(part, shard))
     named = {store.specs[part][array].shard_name(shard): data for array, data in content.items()}
     write_durable(store.path, named)
     files = {

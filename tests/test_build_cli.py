@@ -365,7 +365,7 @@ def test_info_of_what_is_no_store_exits_with_4(tmp_path, corpus, teacher1):
     (tmp_path / "zarr.json").write_text('{"attributes": {"logitcache": {"format": 1}}}')
     assert "damaged manifest" in fails(4, "info", tmp_path)
     (tmp_path / "zarr.json").write_text('{"attributes": {"logitcache": {"format": 2}}}')
-    assert "format: expected 1, found 2" in fails(4, "info", tmp_path)
+    assert "format: written by format 2, this version reads 1" in fails(4, "info", tmp_path)
 
 
 # --- stopping and going on -----------------------------------------------------------------------

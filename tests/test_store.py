@@ -386,9 +386,9 @@ def test_a_store_of_a_newer_format_is_refused(copied, built):
     metadata["attributes"]["logitcache"]["format"] += 1
     (copied / "zarr.json").write_text(json.dumps(metadata))
     before = contents(copied)
-    with pytest.raises(StoreError, match=r"format: expected 1, found 2"):
+    with pytest.raises(StoreError, match=r"format: written by format 2, this version reads 1"):
         open_store(copied)
-    with pytest.raises(StoreError, match=r"format: expected 1, found 2"):
+    with pytest.raises(StoreError, match=r"format: written by format 2, this version reads 1"):
         build(out=copied, **built.settings)
     assert contents(copied) == before
 
