@@ -88,13 +88,16 @@ def _remove_folder(path: Path) -> None:
     path.rmdir()
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it, as far as they are not there."""
-    if path.is_dir():
-        return
-    make_folder(path.parent)
+def _make_folder(path: Path) -> None:
     failpoint("make folder", path)
     path.mkdir(exist_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, as far as they are not there."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        _make_folder(path)
 
 
 def make_durable_folder(path: Path) -> None:

@@ -44,7 +44,7 @@ def describe_store(path: Path) -> dict[str, Any]:
         )
     return {
         "store": str(path),
-        "complete": bool(store.teachers) and not any(missing.values()),
+        "complete": bool(store.teachers) and not any(missing.values()) and not store.unfinished(),
         "rows": manifest["rows"],
         "seq_len": manifest["seq_len"],
         "tokens": manifest["tokens"],

@@ -23,7 +23,7 @@ import numpy as np
 from .buffers import Buffers
 from .codec import decode_order
 from .errors import ResourceError, StoreError
-from .layout import ROW_ARRAYS, TEACHERS
+from .layout import ROW_ARRAYS
 from .packing import Rows
 from .padded import TeacherSupport, side_by_side
 from .shards import ShardFile
@@ -216,14 +216,11 @@ def open_store(path: str | Path) -> StoreReader:
     store = load_store(Path(path))
     if not store.teachers:
         raise StoreError(f"{path}: no teacher in it yet", "run its build command again")
-    for name in TEACHERS:
-        if name not in store.teachers and (
-            (store.path / name).exists() or store.commit_path(name, 0).exists()
-        ):
-            raise StoreError(
-                f"{path}: incomplete: {name} is there, its record {store.commit_path(name)} is not",
-                "run its build command again",
-            )
+    for name in store.unfinished():
+        raise StoreError(
+            f"{path}: incomplete: {name} is there, its record {store.commit_path(name)} is not",
+            "run its build command again",
+        )
     for part in ("rows", *store.teachers):
         missing = store.missing(part)
         if missing:
