@@ -32,10 +32,6 @@ from .store import Store, create_store, create_teacher, is_store, load_store, wr
 log = logging.getLogger(__name__)
 
 TEMPERATURES = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
-# For --dry-run, before any teacher ran: bytes per entry as measured on text with estimator
-# "sampled", and entries at the default thresholds (DESIGN section 5); fields take about 8
-# bytes a token.
-_BYTES_PER_ENTRY, _BYTES_PER_FIELDS = 1.5, 8
 _MOST_ENTRIES = 255
 
 
@@ -281,28 +277,26 @@ def plan(config: BuildConfig, stop: Callable[[], bool] = lambda: False) -> Plan:
     return Plan(rows, manifest, teachers, folders, content)
 
 
-def estimate_bytes(planned: Plan, config: BuildConfig) -> int:
-    """About how large the store will be."""
-    entries = {"topk": min(config.top_k, 30), "full": planned.manifest["vocab_size"]}.get(
-        config.estimator, 30
-    )
-    per_token = entries * _BYTES_PER_ENTRY + _BYTES_PER_FIELDS
-    return int(planned.manifest["tokens"] * (len(planned.folders) * per_token + 3))
-
-
 def _open_or_create(path: Path, planned: Plan) -> Store:
-    if not is_store(path):
+    store = check_same(path, planned)
+    if store is None:
         store = create_store(path, planned.manifest, planned.tokenizer)
-    else:
-        store = load_store(path)
-        refuse_other(path, "", store.manifest, planned.manifest)
-        for name in set(store.teachers) & set(planned.teachers):
-            if any(store.commit(name, shard) for shard in range(len(store.ranges))):
-                refuse_other(path, f"{name}: ", store.teachers[name], planned.teachers[name])
     for name in TEACHERS:
         # Also one that failed to load and has changed since: nothing of it is in the store.
         if name in planned.teachers and store.teachers.get(name) != planned.teachers[name]:
             store = create_teacher(store, name, planned.teachers[name])
+    return store
+
+
+def check_same(path: Path, planned: Plan) -> Store | None:
+    """The store that is there, if any; UsageError if it is not this build's."""
+    if not is_store(path):
+        return None
+    store = load_store(path)
+    refuse_other(path, "", store.manifest, planned.manifest)
+    for name in set(store.teachers) & set(planned.teachers):
+        if any(store.commit(name, shard) for shard in range(len(store.ranges))):
+            refuse_other(path, f"{name}: ", store.teachers[name], planned.teachers[name])
     return store
 
 

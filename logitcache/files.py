@@ -18,7 +18,6 @@ from typing import Any
 
 from .errors import LockedError, ResourceError
 
-
 _READ_TRIES, _READ_PAUSE_S = 3, 0.05
 _NOT_DAMAGE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
 DISK_FULL = {
@@ -33,8 +32,8 @@ _passed = itertools.count(1)
 def failpoint(name: str, path: Path) -> None:
     """A place where the tests let a process die or a system call fail; else it does nothing.
 
-    LOGITCACHE_FAILPOINT is NUMBER, or NUMBER:ERROR as in 12:ENOSPC, and numbers count all failpoints
-    that the process passes. Every change of a disk that we depend on has one before it.
+    LOGITCACHE_FAILPOINT is NUMBER, or NUMBER:ERROR as in 12:ENOSPC; it counts the failpoints that
+    the process passes. Every change of a disk that we depend on has one before it.
     """
     wanted = os.environ.get(FAILPOINT)
     if wanted is None:
@@ -175,7 +174,7 @@ def read_at(descriptor: int, length: int, offset: int, path: Path) -> bytes:
 
 
 def refuse_resource(error: OSError, path: Path) -> None:
-    """Raise ResourceError if a file could not be opened for want of something: it is not damaged."""
+    """Raise ResourceError if a file could not be opened for want of something, not damage."""
     if error.errno not in _NOT_DAMAGE:
         return
     hint = "check the permissions and the disk, then run the same command again"

@@ -96,6 +96,28 @@ def render_info(info: dict[str, Any], shard: str | None = None) -> str:
     return "\n".join(lines)
 
 
+def render_plan(document: dict[str, Any]) -> str:
+    """What a build would take, as a person reads it."""
+    lines = [
+        "would build:",
+        f"rows        {document['rows']:,} of {document['seq_len']} tokens",
+        f"tokens      {document['tokens']:,}, of which trained on {document['valid_tokens']:,}",
+    ]
+    lines += [
+        f"{teacher['name']}    {teacher['bytes_per_token']:.1f} bytes/token, "
+        f"{teacher['tokens_per_second']:,.0f} tokens/s, "
+        f"{teacher['tokens_to_do']:,} tokens to do: {teacher['estimated_seconds']:,.0f} s"
+        for teacher in document["teachers"]
+    ]
+    lines += [
+        f"bytes       {document['estimated_bytes']:,} in all, {document['bytes_to_write']:,} to "
+        f"write, {document['free_bytes']:,} free",
+        f"time        {document['estimated_seconds']:,.0f} s",
+        "nothing was written",
+    ]
+    return "\n".join(lines)
+
+
 def describe_findings(path: Path, store: Store | None, findings: list[Finding]) -> dict[str, Any]:
     """What ``verify`` found, with the rows and documents that cannot be trusted."""
     from .verify import documents_in

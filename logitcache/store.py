@@ -296,6 +296,12 @@ def _creation(store: Store, part: str) -> dict[str, Any]:
     return record
 
 
+def creation_bytes(store: Store, part: str) -> int:
+    """Size of what a part has on disk before its first shard, its record included."""
+    texts = _metadata(store, part)
+    return sum(len(text) for text in texts.values()) + sum(160 + len(name) for name in texts) + 300
+
+
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:
     write_atomic(path, to_json({**record, "digest": digest(record)}))
 
@@ -363,12 +369,16 @@ def restore_metadata(
 
 def write_rows(store: Store, rows: Rows, shard: int) -> None:
     """Write and commit one shard of rows; rows is the whole corpus."""
+    _commit(store, "rows", shard, pack_rows(store, rows, shard), {})
+
+
+def pack_rows(store: Store, rows: Rows, shard: int) -> dict[str, bytes]:
+    """The files of one shard of rows, by array."""
     start, stop = store.ranges[shard]
-    content = {
+    return {
         name: pack_shard(spec, [(row,) for row in getattr(rows, name)[start:stop]])
         for name, spec in store.specs["rows"].items()
     }
-    _commit(store, "rows", shard, content, {})
 
 
 def write_teacher(

@@ -450,6 +450,30 @@ def test_workers_that_build_a_share_each_make_the_whole(tmp_path, built, sharded
     assert contents(tmp_path / "store") == sharded
 
 
+def test_ranks_of_torchrun_make_what_one_process_makes(tmp_path, built, sharded):
+    script = tmp_path / "build.py"
+    script.write_text(
+        "import logitcache.layout\n"
+        f"logitcache.layout.SHARD_POSITIONS = {SMALL_SHARDS}\n"
+        "from logitcache.cli import main\n"
+        "main()\n"
+    )
+    settings = built.settings
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        + [str(script), "build", "--teacher1", str(settings["teacher1"]), "--seq-len=48"]
+        + ["--teacher2", str(settings["teacher2"]), "--data", str(settings["data"][0])]
+        + ["--set=device=cpu", "--json", "--out", str(tmp_path / "store")],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == len(open_store(tmp_path / "store"))
+    assert contents(tmp_path / "store") == sharded
+
+
 @pytest.mark.parametrize("after", [0, 1, 3, 6])
 def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(
     tmp_path, built, sharded, small_shards, after
