@@ -15,7 +15,16 @@ from typing import Any
 from .config import BuildConfig, build_config
 from .documents import Document, input_files, read_documents
 from .errors import InputError, Interrupted, ResourceError, StoreError, UsageError
-from .files import clear_folder, file_sha256, lock, to_json, write_atomic
+from .files import (
+    DISK_FULL,
+    clear_folder,
+    delete,
+    file_sha256,
+    lock,
+    make_durable_folder,
+    to_json,
+    write_atomic,
+)
 from .layout import FORMAT, TEACHERS, shard_rows
 from .packing import Rows, pack
 from .store import Store, create_store, create_teacher, is_store, load_store, write_rows
@@ -23,10 +32,6 @@ from .store import Store, create_store, create_teacher, is_store, load_store, wr
 log = logging.getLogger(__name__)
 
 TEMPERATURES = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
-# For --dry-run, before any teacher ran: bytes per entry as measured on text with estimator
-# "sampled", and entries at the default thresholds (DESIGN section 5); fields take about 8
-# bytes a token.
-_BYTES_PER_ENTRY, _BYTES_PER_FIELDS = 1.5, 8
 _MOST_ENTRIES = 255
 
 
@@ -64,10 +69,10 @@ def build(
     config = config or build_config(settings)
     check_out(config, fresh)
     planned = plan(config, stop)
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_durable_folder(config.out)
     with locked(config):
-        if fresh and is_store(config.out):
-            _delete(config.out)
+        if fresh:
+            _clear(config.out)
         build_planned(config, planned, report, stop)
     return load_store(config.out)
 
@@ -76,6 +81,20 @@ def build_planned(
     config: BuildConfig, planned: Plan, report: Report | None, stop: Callable[[], bool]
 ) -> None:
     """Make what a store lacks of a plan; the caller holds its lock."""
+    try:
+        _build_planned(config, planned, report, stop)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise ResourceError(
+            f"{DISK_FULL[error.errno]}: {config.out}: {_progress(config.out)}",
+            "free some space (--dry-run says how much), then run the same command again",
+        ) from error
+
+
+def _build_planned(
+    config: BuildConfig, planned: Plan, report: Report | None, stop: Callable[[], bool]
+) -> None:
     started = time.monotonic()
     with lock(config.out / "create.lock", wait=True):  # workers that start at once
         store = _open_or_create(config.out, planned)
@@ -98,8 +117,20 @@ def build_planned(
                     "run the same command again to continue",
                 )
         run.close()
-    if any(work.values()):
-        _write_record(config, time.monotonic() - started)
+    if any(work.values()) or not record_path(config.out).exists():
+        # Workers that end at once write it in turn.
+        with lock(config.out / "create.lock", wait=True):
+            _write_record(config, time.monotonic() - started)
+
+
+def _progress(path: Path) -> str:
+    """How far a build has come, in words."""
+    with contextlib.suppress(StoreError):
+        store = load_store(path)
+        parts = ("rows", *store.teachers)
+        total = len(parts) * len(store.ranges)
+        return f"{total - sum(len(store.missing(p)) for p in parts)} of {total} shards are safe"
+    return "nothing is written yet"
 
 
 def check_out(config: BuildConfig, fresh: bool) -> None:
@@ -118,7 +149,7 @@ def check_out(config: BuildConfig, fresh: bool) -> None:
     free = shutil.disk_usage(there).free
     if free < 1 << 20:
         raise ResourceError(f"disk full: {free} bytes free at {there}", "free some space")
-    if there == path and not is_store(path):
+    if there == path and not _holds_store(path, fresh):
         # A build that was killed while it created the store left some of these names, and no
         # manifest.
         others = {p.name for p in path.iterdir() if p.suffix not in (".lock", ".tmp")}
@@ -129,6 +160,16 @@ def check_out(config: BuildConfig, fresh: bool) -> None:
                 f"({min(others)}, ...)",
                 "give --out a new folder",
             )
+
+
+def _holds_store(path: Path, fresh: bool) -> bool:
+    """Whether a folder is a store's; one with a damaged manifest only where it is to be deleted."""
+    try:
+        return is_store(path)
+    except StoreError:
+        if fresh and (path / "commits" / "store.json").is_file():
+            return True
+        raise
 
 
 @contextlib.contextmanager
@@ -236,28 +277,26 @@ def plan(config: BuildConfig, stop: Callable[[], bool] = lambda: False) -> Plan:
     return Plan(rows, manifest, teachers, folders, content)
 
 
-def estimate_bytes(planned: Plan, config: BuildConfig) -> int:
-    """About how large the store will be."""
-    entries = {"topk": min(config.top_k, 30), "full": planned.manifest["vocab_size"]}.get(
-        config.estimator, 30
-    )
-    per_token = entries * _BYTES_PER_ENTRY + _BYTES_PER_FIELDS
-    return int(planned.manifest["tokens"] * (len(planned.folders) * per_token + 3))
-
-
 def _open_or_create(path: Path, planned: Plan) -> Store:
-    if not is_store(path):
+    store = check_same(path, planned)
+    if store is None:
         store = create_store(path, planned.manifest, planned.tokenizer)
-    else:
-        store = load_store(path)
-        refuse_other(path, "", store.manifest, planned.manifest)
-        for name in set(store.teachers) & set(planned.teachers):
-            if any(store.commit(name, shard) for shard in range(len(store.ranges))):
-                refuse_other(path, f"{name}: ", store.teachers[name], planned.teachers[name])
     for name in TEACHERS:
         # Also one that failed to load and has changed since: nothing of it is in the store.
         if name in planned.teachers and store.teachers.get(name) != planned.teachers[name]:
             store = create_teacher(store, name, planned.teachers[name])
+    return store
+
+
+def check_same(path: Path, planned: Plan) -> Store | None:
+    """The store that is there, if any; UsageError if it is not this build's."""
+    if not is_store(path):
+        return None
+    store = load_store(path)
+    refuse_other(path, "", store.manifest, planned.manifest)
+    for name in set(store.teachers) & set(planned.teachers):
+        if any(store.commit(name, shard) for shard in range(len(store.ranges))):
+            refuse_other(path, f"{name}: ", store.teachers[name], planned.teachers[name])
     return store
 
 
@@ -304,10 +343,10 @@ def _work(store: Store, planned: Plan, config: BuildConfig) -> dict[str, list[in
     }
 
 
-def _delete(path: Path) -> None:
-    """Delete a store; its manifest goes first, so that a half-deleted one is not taken for a
-    store."""
-    (path / "zarr.json").unlink()
+def _clear(path: Path) -> None:
+    """Delete a store, or what is left of one; its manifest goes first, so that a half-deleted one
+    is not taken for a store."""
+    delete(path / "zarr.json")
     clear_folder(path)
 
 

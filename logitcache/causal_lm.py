@@ -8,6 +8,7 @@ logits, is checked on the model itself before anything is built on it.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,15 @@ class Head:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device to run on; "auto" takes the first GPU if there is one."""
+    """The device to run on; "auto" takes a GPU if there is one: under torchrun the rank's, else the
+    first."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        rank = os.environ.get("LOCAL_RANK")
+        if rank is None:
+            return torch.device("cuda")
+        return torch.device("cuda", int(rank) % torch.cuda.device_count())
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -45,9 +45,9 @@ def cli() -> None:
 @click.option("--top-k", type=int, help="topk: entries kept at most.")
 @click.option("--precision", type=click.Choice(["standard", "high"]), help="Of kept probabilities.")
 @click.option("--seq-len", type=int, help="Tokens in a row.  [default: 2048]")
-@click.option("--shard", metavar="I/N", help="Build only this worker's share of the shards.")
+@click.option("--shard", metavar="I/N", help="Build this worker's share; torchrun sets it.")
 @click.option("--on-nonfinite", type=click.Choice(["fail", "skip"]), help="NaN from a teacher.")
-@click.option("--dry-run", is_flag=True, help="Say what would be built; load no teacher.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take; write nothing.")
 @click.option("--fresh", is_flag=True, help="Delete a store that is there and build anew.")
 @common_options
 def build(
@@ -64,9 +64,10 @@ def build(
     turns are trained on; an optional boolean "gold" marks curated examples. A text file is one
     document.
     """
-    from .config import build_config, read_settings
+    from .config import build_config, read_settings, torchrun_share
 
-    settings = build_config(read_settings(config, assignments, flags))
+    given = read_settings(config, assignments, flags)
+    settings = build_config({"shard": torchrun_share(), **given})
     with stop_on_signal() as stop:
         _build(options, settings, dry_run, fresh, stop)
 
@@ -75,9 +76,10 @@ def _build(
     options: Options, settings: BuildConfig, dry_run: bool, fresh: bool, stop: Callable[[], bool]
 ) -> None:
     from .builder import build as run_build
-    from .builder import check_out, estimate_bytes, plan
+    from .builder import check_out, plan
     from .environment import gpu_memory_peak_bytes
-    from .info import describe_store, render_info
+    from .estimate import check_disk, estimate
+    from .info import describe_store, render_info, render_plan
     from .progress import BuildProgress
     from .store import is_store, load_store
 
@@ -85,14 +87,17 @@ def _build(
     if dry_run:
         check_out(settings, fresh)
         planned = plan(settings, stop)
+        found = estimate(settings, planned, fresh, stop)
         document = {
             **{k: planned.manifest[k] for k in ("rows", "seq_len", "tokens", "valid_tokens")},
-            "teachers": sorted(planned.folders),
-            "estimated_bytes": estimate_bytes(planned, settings),
+            "teachers": found.teachers,
+            "estimated_bytes": found.total_bytes,
+            "bytes_to_write": found.bytes_left,
+            "free_bytes": check_disk(settings, found),
+            "estimated_seconds": round(found.seconds, 1),
             "store_exists": settings.out.exists(),
         }
-        lines = [f"{key:16} {value}" for key, value in document.items()]
-        options.result(document, "\n".join(["would build:", *lines, "nothing was written"]))
+        options.result(document, render_plan(document))
         return
     before = None
     if is_store(settings.out) and not fresh:

@@ -21,11 +21,10 @@ from typing import Any, NoReturn
 import click
 
 from .errors import LogitCacheError
+from .files import DISK_FULL
 
 _RESOURCE_ERRORS = {
-    errno.ENOSPC: "disk full",
-    errno.EDQUOT: "disk quota reached",
-    errno.EFBIG: "file too large",
+    **DISK_FULL,
     errno.EACCES: "no permission",
     errno.EPERM: "no permission",
     errno.EROFS: "read-only file system",
@@ -46,7 +45,10 @@ class Options:
     debug: bool
 
     def result(self, document: dict[str, Any], text: str) -> None:
-        """Print a command's result to stdout: one JSON document with --json, else text."""
+        """Print a command's result to stdout: one JSON document with --json, else text. Under
+        torchrun rank 0 does."""
+        if os.environ.get("RANK", "0") != "0":
+            return
         click.echo(json.dumps(document, indent=1) if self.as_json else text)
 
     def note(self, text: str) -> None:

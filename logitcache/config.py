@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -156,6 +157,13 @@ class BuildConfig(BaseModel):
         """This worker's number and how many there are."""
         index, _, count = (self.shard or "0/1").partition("/")
         return int(index), int(count)
+
+
+def torchrun_share() -> str | None:
+    """The share I/N of a process that torchrun has started; None elsewhere."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return f"{os.environ['RANK']}/{os.environ['WORLD_SIZE']}"
 
 
 def build_config(settings: Mapping[str, Any]) -> BuildConfig:

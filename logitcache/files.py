@@ -1,23 +1,55 @@
-"""Durable files: atomic writes, hashes, locks. Nothing else in the project renames or locks."""
+"""Durable files: atomic writes, deletion, reads that try again, hashes, locks. Nothing else in the
+project renames, deletes or locks what must survive a crash."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
-import shutil
+import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import LockedError
+from .errors import LockedError, ResourceError
+
+_READ_TRIES, _READ_PAUSE_S = 3, 0.05
+_NOT_DAMAGE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
+DISK_FULL = {
+    errno.ENOSPC: "disk full",
+    errno.EDQUOT: "disk quota reached",
+    errno.EFBIG: "file too large",
+}
+FAILPOINT = "LOGITCACHE_FAILPOINT"
+_passed = itertools.count(1)
+
+
+def failpoint(name: str, path: Path) -> None:
+    """A place where the tests let a process die or a system call fail; else it does nothing.
+
+    LOGITCACHE_FAILPOINT is NUMBER, or NUMBER:ERROR as in 12:ENOSPC; it counts the failpoints that
+    the process passes. Every change of a disk that we depend on has one before it.
+    """
+    wanted = os.environ.get(FAILPOINT)
+    if wanted is None:
+        return
+    number, _, error = wanted.partition(":")
+    if next(_passed) != int(number):
+        return
+    if not error:
+        os._exit(137)
+    code = getattr(errno, error)
+    raise OSError(code, f"{os.strerror(code)} (failpoint {name})", str(path))
 
 
 def fsync_path(path: Path) -> None:
-    """Make a file, or a directory's list of names, survive a power loss."""
+    """Make a directory's list of names survive a power loss."""
+    failpoint("sync folder", path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,15 +57,132 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def _write(path: Path, content: bytes) -> None:
+    """Write a file and make what is in it survive a power loss (its name: fsync_path)."""
+    failpoint("write", path)
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            failpoint("sync file", path)
+            os.fsync(file.fileno())
+    except OSError:  # a full disk: half a file is of no use
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
+def _rename(source: Path, target: Path) -> None:
+    failpoint("rename", target)
+    source.replace(target)
+
+
+def _unlink(path: Path) -> None:
+    failpoint("unlink", path)
+    path.unlink()
+
+
+def _remove_folder(path: Path) -> None:
+    failpoint("remove folder", path)
+    path.rmdir()
+
+
+def _make_folder(path: Path) -> None:
+    failpoint("make folder", path)
+    path.mkdir(exist_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, as far as they are not there."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        _make_folder(path)
+
+
+def make_durable_folder(path: Path) -> None:
+    """The same, and they are still there after a power loss."""
+    path = path.absolute()
+    missing = [p for p in path.parents if not p.exists()]
+    make_folder(path)
+    for made in (path, *missing):
+        with contextlib.suppress(PermissionError):  # a parent that we may enter, not list
+            fsync_path(made.parent)
+
+
+def write_durable(root: Path, files: Mapping[str, bytes]) -> None:
+    """Write files, by name within root, so that each is whole or absent, and all are still there
+    after a power loss. One sync a file and one a folder."""
+    folders: set[Path] = set()
+    for name, content in files.items():
+        path = root / name
+        make_folder(path.parent)
+        temporary = path.with_name(f".{path.name}.tmp")
+        _write(temporary, content)
+        _rename(temporary, path)
+        folders |= {*path.parents[: len(Path(name).parts)]}
+    for folder in sorted(folders, reverse=True):  # inner ones first
+        fsync_path(folder)
+
+
 def write_atomic(path: Path, content: str) -> None:
     """Write a text file so that readers see the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_path(path.parent)
+    write_durable(path.parent, {path.name: content.encode("utf-8")})
+
+
+def delete(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, so that it stays away after a power loss.
+    Links are not followed; what is not there is no error."""
+    if path.exists() or path.is_symlink():
+        _delete(path)
+        fsync_path(path.parent)
+
+
+def _delete(path: Path) -> None:
+    if not path.is_dir() or path.is_symlink():
+        _unlink(path)
+        return
+    for child in sorted(path.iterdir()):
+        _delete(child)
+    _remove_folder(path)
+
+
+def read_at(descriptor: int, length: int, offset: int, path: Path) -> bytes:
+    """Read bytes of an open file, fewer only at its end.
+
+    A failing disk or network mount is asked again, three times in all; ResourceError then.
+    """
+    parts: list[bytes] = []
+    tries = 0
+    while length > 0:
+        try:
+            part = os.pread(descriptor, length, offset)
+        except OSError as error:
+            tries += 1
+            if tries == _READ_TRIES:
+                raise ResourceError(
+                    f"{path}: cannot be read at byte {offset}, tried {tries} times: "
+                    f"{error.strerror} (errno {error.errno})",
+                    "check the disk or the mount, then run the same command again",
+                ) from None
+            time.sleep(_READ_PAUSE_S * 4**tries)
+            continue
+        if not part:
+            break
+        parts.append(part)
+        length, offset = length - len(part), offset + len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def refuse_resource(error: OSError, path: Path) -> None:
+    """Raise ResourceError if a file could not be opened for want of something, not damage."""
+    if error.errno not in _NOT_DAMAGE:
+        return
+    hint = "check the permissions and the disk, then run the same command again"
+    limit = ""
+    if error.errno == errno.EMFILE:
+        limit = f" (this process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]})"
+        hint = "raise the limit (ulimit -n), or use fewer workers"
+    raise ResourceError(f"{path}: {error.strerror}{limit}", hint) from None
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
@@ -55,11 +204,10 @@ def file_sha256(path: Path) -> str:
 
 def clear_folder(path: Path) -> None:
     """Delete what a folder holds, except lock files: whoever calls this holds one of them."""
-    for child in path.iterdir():
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        elif child.suffix != ".lock":
-            child.unlink()
+    for child in sorted(path.iterdir()):
+        if child.suffix != ".lock" or child.is_dir():
+            _delete(child)
+    fsync_path(path)
 
 
 @contextlib.contextmanager
@@ -70,6 +218,7 @@ def lock(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[No
     process ends, so a killed builder leaves nothing to clean up.
     """
     kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    failpoint("lock", path)
     with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, kind)

@@ -44,7 +44,7 @@ def describe_store(path: Path) -> dict[str, Any]:
         )
     return {
         "store": str(path),
-        "complete": bool(store.teachers) and not any(missing.values()),
+        "complete": bool(store.teachers) and not any(missing.values()) and not store.unfinished(),
         "rows": manifest["rows"],
         "seq_len": manifest["seq_len"],
         "tokens": manifest["tokens"],
@@ -93,6 +93,28 @@ def render_info(info: dict[str, Any], shard: str | None = None) -> str:
         lines.append(f"next: share {shard} is done; build the other shares")
     elif not info["complete"]:
         lines.append("next: run the same build command again to finish it")
+    return "\n".join(lines)
+
+
+def render_plan(document: dict[str, Any]) -> str:
+    """What a build would take, as a person reads it."""
+    lines = [
+        "would build:",
+        f"rows        {document['rows']:,} of {document['seq_len']} tokens",
+        f"tokens      {document['tokens']:,}, of which trained on {document['valid_tokens']:,}",
+    ]
+    lines += [
+        f"{teacher['name']}    {teacher['bytes_per_token']:.1f} bytes/token, "
+        f"{teacher['tokens_per_second']:,.0f} tokens/s, "
+        f"{teacher['tokens_to_do']:,} tokens to do: {teacher['estimated_seconds']:,.0f} s"
+        for teacher in document["teachers"]
+    ]
+    lines += [
+        f"bytes       {document['estimated_bytes']:,} in all, {document['bytes_to_write']:,} to "
+        f"write, {document['free_bytes']:,} free",
+        f"time        {document['estimated_seconds']:,.0f} s",
+        "nothing was written",
+    ]
     return "\n".join(lines)
 
 

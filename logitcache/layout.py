@@ -107,6 +107,11 @@ def check_manifest(manifest: Any, where: object) -> dict[str, Any]:
     """Refuse a manifest of another format or with impossible values, naming the first."""
     found = manifest if isinstance(manifest, dict) else {}
     version = found.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise StoreError(
+            f"{where}: format: written by format {version}, this version reads {FORMAT} and below",
+            "upgrade logitcache, or build the store again",
+        )
     if version != FORMAT:
         raise StoreError(
             f"{where}: format: expected {FORMAT}, found {version}",

@@ -22,8 +22,8 @@ import numpy as np
 
 from .buffers import Buffers
 from .codec import decode_order
-from .errors import StoreError
-from .layout import ROW_ARRAYS, TEACHERS
+from .errors import ResourceError, StoreError
+from .layout import ROW_ARRAYS
 from .packing import Rows
 from .padded import TeacherSupport, side_by_side
 from .remote import load_remote, remote_url
@@ -202,6 +202,8 @@ def _named(store: Store, part: str, row: int) -> Iterator[None]:
     """Say in a StoreError which row could not be read, and what to do."""
     try:
         yield
+    except ResourceError:  # nothing is wrong with the store
+        raise
     except (StoreError, OSError, ValueError, RuntimeError) as error:
         raise StoreError(
             f"{store.path}: {part}: row {row} cannot be read: {error}",
@@ -216,14 +218,11 @@ def open_store(path: str | Path) -> StoreReader:
     store = load_store(Path(path)) if url is None else load_remote(url)
     if not store.teachers:
         raise StoreError(f"{path}: no teacher in it yet", "run its build command again")
-    for name in TEACHERS:
-        if name not in store.teachers and (
-            (store.path / name).exists() or store.commit_path(name, 0).exists()
-        ):
-            raise StoreError(
-                f"{path}: incomplete: {name} is there, its record {store.commit_path(name)} is not",
-                "run its build command again",
-            )
+    for name in store.unfinished():
+        raise StoreError(
+            f"{path}: incomplete: {name} is there, its record {store.commit_path(name)} is not",
+            "run its build command again",
+        )
     for part in ("rows", *store.teachers):
         missing = store.missing(part)
         if missing:

@@ -7,7 +7,6 @@ other teacher, are not touched.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from .builder import Plan, Report, build_planned, locked, plan, record_path, refuse_other
 from .config import BuildConfig, build_config
 from .errors import StoreError, UsageError
+from .files import delete
 from .store import Store, parse_json, read_small, restore_metadata
 from .verify import Finding, verify_store
 
@@ -84,15 +84,10 @@ def _clear(path: Path, planned: Plan, findings: list[Finding]) -> None:
     ours = {"commits", "rows", *planned.teachers}
     for finding in findings:
         if finding.shard is not None:
-            record = path / "commits" / f"{finding.part}-{finding.shard:06d}.json"
-            record.unlink(missing_ok=True)
+            delete(path / "commits" / f"{finding.part}-{finding.shard:06d}.json")
         elif (
             finding.part == "store"
             and Path(finding.file).parts[:1]
             and (Path(finding.file).parts[0] in ours)
         ):
-            stray = path / finding.file
-            if stray.is_dir() and not stray.is_symlink():
-                shutil.rmtree(stray)
-            else:
-                stray.unlink(missing_ok=True)
+            delete(path / finding.file)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 from numcodecs import zstd
 
 from .errors import StoreError
-from .files import fsync_path
+from .files import read_at, refuse_resource
 
 # Byte planes are Huffman coded in effect; higher levels find matches that cost more than they save
 # (2026-11, SmolLM2-135M: 46.2 bytes at level 1, 46.4 at 3, 46.1 at 6).
@@ -121,24 +121,6 @@ def pack_shard(spec: ArraySpec, rows: Iterable[Sequence[np.ndarray]]) -> bytes:
     return b"".join(parts)
 
 
-def write_durable(root: Path, files: Mapping[str, bytes]) -> None:
-    """Write files, by name within root, so that each is whole or absent, and all are still there
-    after a power loss. One sync a file and one a folder."""
-    folders: set[Path] = set()
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folders |= {*path.parents[: len(Path(name).parts)]}
-    for folder in sorted(folders, reverse=True):  # inner ones first
-        fsync_path(folder)
-
-
 def open_regular(root: Path, name: str) -> int:
     """Open root/name for reading; a descriptor. StoreError if it is no plain file or reached by a
     link, as a store from elsewhere might have."""
@@ -162,6 +144,7 @@ class ShardFile:
         try:
             self._descriptor = open_regular(root, spec.shard_name(shard))
         except OSError as error:
+            refuse_resource(error, self.path)
             raise StoreError(f"{self.path}: cannot be opened: {error.strerror}") from None
         found = os.fstat(self._descriptor).st_size
         if found != size or size < spec.index_bytes:
@@ -188,7 +171,7 @@ class ShardFile:
             os.close(self._descriptor)
 
     def _pread(self, length: int, offset: int) -> bytes:
-        data = os.pread(self._descriptor, length, offset)
+        data = read_at(self._descriptor, length, offset, self.path)
         if len(data) != length:
             raise StoreError(f"{self.path}: expected {length} bytes at {offset}, found {len(data)}")
         return data

@@ -11,10 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,15 @@ import numpy as np
 
 from .codec import encode_order, frequency_order, inverse
 from .errors import StoreError, UsageError
-from .files import to_json, write_atomic
+from .files import (
+    delete,
+    make_folder,
+    read_at,
+    refuse_resource,
+    to_json,
+    write_atomic,
+    write_durable,
+)
 from .layout import (
     FORMAT,
     TEACHERS,
@@ -34,7 +41,7 @@ from .layout import (
     teacher_specs,
 )
 from .packing import Rows
-from .shards import ArraySpec, ShardFile, open_regular, pack_shard, write_durable
+from .shards import ArraySpec, ShardFile, open_regular, pack_shard
 from .support import Support, encode_row
 
 _ATTRIBUTE = "logitcache"
@@ -108,6 +115,15 @@ class Store:
                 raise StoreError(f"{path}: {name}: expected a size and checksums")
         return record
 
+    def unfinished(self) -> list[str]:
+        """Teachers of which something is there, and no record of their creation."""
+        return [
+            name
+            for name in TEACHERS
+            if name not in self.teachers
+            and ((self.path / name).exists() or self.commit_path(name, 0).exists())
+        ]
+
     def missing(self, part: str) -> list[int]:
         """Shards that are not committed, or whose committed files are gone or of another size."""
         return [i for i in range(len(self.ranges)) if not self._is_whole(part, i)]
@@ -148,11 +164,10 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read a record of the journal. StoreError if it is not, byte for byte, as it was written."""
     text = read_small(path)
     record = parse_json(text, path)
-    if (
-        not isinstance(record, dict)
-        or record.get("digest") != digest(record)
-        or to_json(record).encode() != text
-    ):
+    found = str(record.get("digest")) if isinstance(record, dict) else ""
+    # What was hashed is the text without this line; to make the text anew would take much longer.
+    rest = text.replace(f'\n "digest": "{found}",'.encode(), b"", 1)
+    if hashlib.sha256(rest).hexdigest() != found:
         raise StoreError(f"{path}: damaged record: it fails its digest")
     return record
 
@@ -163,9 +178,12 @@ def read_small(path: Path, most: int = _MAX_JSON_BYTES) -> bytes:
     try:
         descriptor = open_regular(root, path.name)
     except OSError as error:
+        refuse_resource(error, path)
         raise StoreError(f"{path}: cannot be read: {error.strerror}", "rebuild the store") from None
-    with open(descriptor, "rb") as file:
-        content = file.read(most + 1)
+    try:
+        content = read_at(descriptor, min(os.fstat(descriptor).st_size, most) + 1, 0, path)
+    finally:
+        os.close(descriptor)
     if len(content) > most:
         raise StoreError(f"{path}: larger than {most} bytes, not a file of a store")
     return content
@@ -220,14 +238,19 @@ def load_store(path: Path) -> Store:
     return store
 
 
-def _metadata(store: Store, part: str) -> dict[str, dict[str, Any]]:
-    """What the zarr.json files of a part must say, by path; those of the root go with the rows."""
+@lru_cache(maxsize=256)
+def _array_text(spec: ArraySpec) -> bytes:
+    return to_json(spec.metadata()).encode()
+
+
+def _metadata(store: Store, part: str) -> dict[str, bytes]:
+    """The zarr.json files of a part, by path; that of the root goes with the rows."""
     if part == "rows":
         groups = {"zarr.json": store.manifest, "rows/zarr.json": None}
     else:
         groups = {f"{part}/zarr.json": store.teachers[part]}
-    arrays = {f"{s.path}/zarr.json": s.metadata() for s in store.specs[part].values()}
-    return {**{name: group_metadata(a) for name, a in groups.items()}, **arrays}
+    texts = {name: to_json(group_metadata(a)).encode() for name, a in groups.items()}
+    return {**texts, **{f"{s.path}/zarr.json": _array_text(s) for s in store.specs[part].values()}}
 
 
 def check_metadata(store: Store, part: str) -> dict[str, Any]:
@@ -241,8 +264,8 @@ def check_metadata(store: Store, part: str) -> dict[str, Any]:
             raise StoreError(f"{path}: {key}: does not fit the store's manifest")
     for name, wanted in _metadata(store, part).items():
         text = read_small(store.path / name)
-        if text != to_json(wanted).encode():
-            difference = _difference(wanted, parse_json(text, store.path / name))
+        if text != wanted:
+            difference = _difference(json.loads(wanted), parse_json(text, store.path / name))
             raise StoreError(
                 f"{store.path / name}: {difference}", "build the store again with --fresh"
             )
@@ -260,10 +283,9 @@ def _difference(wanted: Any, found: Any, where: str = "") -> str:
 
 def _creation(store: Store, part: str) -> dict[str, Any]:
     """The record of a part's creation, without its digest."""
-    texts = {name: to_json(value).encode() for name, value in _metadata(store, part).items()}
     files = {
         name: {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-        for name, text in texts.items()
+        for name, text in _metadata(store, part).items()
     }
     record: dict[str, Any] = {"part": "store" if part == "rows" else part, "files": files}
     if part == "rows":
@@ -272,6 +294,12 @@ def _creation(store: Store, part: str) -> dict[str, Any]:
     else:
         record["of"] = store.owner("rows")
     return record
+
+
+def creation_bytes(store: Store, part: str) -> int:
+    """Size of what a part has on disk before its first shard, its record included."""
+    texts = _metadata(store, part)
+    return sum(len(text) for text in texts.values()) + sum(160 + len(name) for name in texts) + 300
 
 
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -296,29 +324,27 @@ def load_tokenizer_content(path: Path) -> dict[str, Any]:
 
 def create_store(path: Path, manifest: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Store:
     """Create an empty store. The root's metadata is written last: it makes it a store."""
-    path.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(path / "commits", ignore_errors=True)  # of a store that was deleted half-way
-    (path / "commits").mkdir()
+    make_folder(path)
+    delete(path / "commits")  # of a store that was deleted half-way
+    make_folder(path / "commits")
     store = Store(path, check_manifest(dict(manifest), path), {})
     write_atomic(path / "tokenizer.json", to_json(tokenizer))
     metadata = _metadata(store, "rows")
     root = metadata.pop("zarr.json")
-    write_durable(path, {name: to_json(value).encode() for name, value in metadata.items()})
+    write_durable(path, metadata)
     _write_record(store.commit_path("store"), _creation(store, "rows"))
-    write_durable(path, {"zarr.json": to_json(root).encode()})
+    write_durable(path, {"zarr.json": root})
     return load_store(path)
 
 
 def create_teacher(store: Store, name: str, attributes: Mapping[str, Any]) -> Store:
     """Create a teacher's group, in place of one that is there."""
     for record in sorted((store.path / "commits").glob(f"{name}*.json")):
-        record.unlink()
-    if (store.path / name).exists():
-        shutil.rmtree(store.path / name)
+        delete(record)
+    delete(store.path / name)
     attributes = check_teacher(dict(attributes), name)
     made = Store(store.path, store.manifest, {**store.teachers, name: attributes})
-    texts = {file: to_json(value).encode() for file, value in _metadata(made, name).items()}
-    write_durable(store.path, texts)
+    write_durable(store.path, _metadata(made, name))
     _write_record(made.commit_path(name), _creation(made, name))
     return load_store(store.path)
 
@@ -331,11 +357,10 @@ def restore_metadata(
 ) -> Store:
     """Write the metadata of a store and its teachers anew, and nothing else."""
     store = Store(path, dict(manifest), {name: dict(a) for name, a in teachers.items()})
-    (path / "commits").mkdir(exist_ok=True)
+    make_folder(path / "commits")
     write_atomic(path / "tokenizer.json", to_json(tokenizer))
     for part in ("rows", *store.teachers):
-        texts = {name: to_json(value).encode() for name, value in _metadata(store, part).items()}
-        write_durable(path, texts)
+        write_durable(path, _metadata(store, part))
         _write_record(
             store.commit_path("store" if part == "rows" else part), _creation(store, part)
         )
@@ -344,12 +369,16 @@ def restore_metadata(
 
 def write_rows(store: Store, rows: Rows, shard: int) -> None:
     """Write and commit one shard of rows; rows is the whole corpus."""
+    _commit(store, "rows", shard, pack_rows(store, rows, shard), {})
+
+
+def pack_rows(store: Store, rows: Rows, shard: int) -> dict[str, bytes]:
+    """The files of one shard of rows, by array."""
     start, stop = store.ranges[shard]
-    content = {
+    return {
         name: pack_shard(spec, [(row,) for row in getattr(rows, name)[start:stop]])
         for name, spec in store.specs["rows"].items()
     }
-    _commit(store, "rows", shard, content, {})
 
 
 def write_teacher(
@@ -397,7 +426,7 @@ def _commit(
     store: Store, part: str, shard: int, content: Mapping[str, bytes], summary: Mapping[str, Any]
 ) -> None:
     """Make a shard's files durable, then its record; an old one goes first."""
-    store.commit_path(part, shard).unlink(missing_ok=True)
+    delete(store.commit_path(part, shard))
     named = {store.specs[part][array].shard_name(shard): data for array, data in content.items()}
     write_durable(store.path, named)
     files = {

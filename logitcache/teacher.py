@@ -46,6 +46,8 @@ class TeacherRun:
         self.rows, self.config = rows, config
         self.report = report or (lambda *_: None)
         self.device = choose_device(config.device)
+        if self.device.index is not None and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # kernels are launched on the current one
         dtype = choose_dtype(config.dtype, self.device)
         self.model = load_causal_lm(folder, dtype, self.device)
         self.head = Head.of(self.model)
@@ -74,30 +76,31 @@ class TeacherRun:
 
     def shard(self, shard: int, stopped: Callable[[], bool]) -> bool:
         """Run the teacher over one shard's rows and commit it; False if stopped before that."""
-        start, stop = self.store.ranges[shard]
-        parts: dict[int, Support] = {}
-        totals = {"positions": 0, "entries": 0, "certain_mass": 0.0, "skipped": 0}
-        for batch in self._batches(start, stop):
-            if stopped():
-                return False
-            for row, part in zip(batch, self._run(batch, totals), strict=True):
-                parts[row] = part
-            self.tokens_done += int(self.lengths[batch].sum())
-            self.report(self.name, self.tokens_done, self.tokens_total, self.bytes_written, shard)
-        rows = range(start, stop)
-        totals["certain_mass"] = round(totals["certain_mass"], 6)
-        write_teacher(
-            self.store,
-            self.name,
-            shard,
-            [parts[row] for row in rows],
-            totals,
-        )
+        made = self.supports(*self.store.ranges[shard], stopped, shard)
+        if made is None:
+            return False
+        write_teacher(self.store, self.name, shard, *made)
         record = self.store.commit(self.name, shard)
         assert record is not None
         self.bytes_written += sum(file["bytes"] for file in record["files"].values())
         self.report(self.name, self.tokens_done, self.tokens_total, self.bytes_written, shard)
         return True
+
+    def supports(
+        self, start: int, stop: int, stopped: Callable[[], bool], shard: int = -1
+    ) -> tuple[list[Support], dict[str, Any]] | None:
+        """What is kept of rows, and sums over them; None if stopped before the last."""
+        parts: dict[int, Support] = {}
+        totals = {"positions": 0, "entries": 0, "certain_mass": 0.0, "skipped": 0}
+        for batch in self._batches(start, stop):
+            if stopped():
+                return None
+            for row, part in zip(batch, self._run(batch, totals), strict=True):
+                parts[row] = part
+            self.tokens_done += int(self.lengths[batch].sum())
+            self.report(self.name, self.tokens_done, self.tokens_total, self.bytes_written, shard)
+        totals["certain_mass"] = round(totals["certain_mass"], 6)
+        return [parts[row] for row in range(start, stop)], totals
 
     def _batches(self, start: int, stop: int) -> list[list[int]]:
         """Rows of a shard in batches of like length, longest first; the same for every run."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .errors import StoreError
+from .files import read_at, refuse_resource
 from .layout import TEACHERS
 from .reader import StoreReader
 from .shards import open_regular
@@ -103,16 +104,19 @@ def _file_problem(root: Path, name: str, file: dict[str, Any]) -> str | None:
     try:
         descriptor = open_regular(root, name)
     except OSError as error:
+        refuse_resource(error, root / name)
         return f"cannot be opened: {os.strerror(error.errno or 0)}"
     except StoreError as error:
         return str(error)
     digest = hashlib.sha256()
-    with open(descriptor, "rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
+    try:
+        size = os.fstat(descriptor).st_size
         if size != file["bytes"]:
             return f"expected {file['bytes']} bytes, found {size}"
-        while block := opened.read(_BLOCK):
-            digest.update(block)
+        for offset in range(0, size, _BLOCK):
+            digest.update(read_at(descriptor, _BLOCK, offset, root / name))
+    finally:
+        os.close(descriptor)
     if digest.hexdigest() != file["sha256"]:
         return "its bytes are not those that were written (SHA-256)"
     return None

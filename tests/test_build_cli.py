@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny import make_model, make_tokenizer, sentences, write_jsonl
 
+import logitcache.estimate
 import logitcache.layout
 from logitcache import open_store
 from logitcache.cli import cli
@@ -129,7 +130,47 @@ def test_dry_run_says_what_would_be_built_and_writes_nothing(command, tmp_path):
     for key in ("rows", "seq_len", "tokens", "valid_tokens"):
         assert planned[key] == info[key]
     assert planned["store_exists"] is False
-    assert planned["estimated_bytes"] > 0
+    again = json.loads(run(*command, "--dry-run", "--json").stdout)
+    assert again["bytes_to_write"] == again["estimated_seconds"] == 0
+    assert "teacher1    " in run(*command, "--dry-run").stdout
+
+
+@pytest.mark.parametrize("positions", [2**18, 48 * 20])
+@pytest.mark.parametrize("estimator", ["sampled", "topk"])
+def test_dry_run_foretells_the_bytes_within_a_tenth(
+    tmp_path, monkeypatch, teacher1, teacher2, positions, estimator
+):
+    """From 16 of 200 rows, in one shard and in ten."""
+    monkeypatch.setattr(logitcache.layout, "SHARD_POSITIONS", positions)
+    monkeypatch.setattr(logitcache.estimate, "_PROBE_TOKENS", {"cpu": 0, "cuda": 0})
+    texts = sentences(300, seed=8) + sentences(60, seed=9, words=60)
+    data = write_jsonl(tmp_path / "long.jsonl", [{"text": text} for text in texts])
+    command = ["build", "--teacher1", teacher1, "--teacher2", teacher2, "--data", data]
+    command += ["--seq-len", 48, "--estimator", estimator, "--out", tmp_path / "store"]
+    planned = json.loads(run(*command, "--dry-run", "--json").stdout)
+    assert planned["rows"] > 150
+    run(*command)
+    built = json.loads(run("info", tmp_path / "store", "--json").stdout)
+    assert planned["bytes_to_write"] == pytest.approx(built["bytes"], rel=0.1)
+    assert planned["estimated_bytes"] == pytest.approx(built["bytes"], rel=0.1)
+    for found, wanted in zip(planned["teachers"], built["teachers"], strict=True):
+        assert found["bytes_per_token"] == pytest.approx(wanted["bytes_per_token"], rel=0.1)
+
+
+def test_dry_run_of_a_build_that_does_not_fit_exits_with_6(command, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    small = usage._replace(free=(1 << 20) + 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
+    monkeypatch.setattr(logitcache.estimate, "_RESERVE_BYTES", 1 << 20)
+    said = fails(6, *command, "--dry-run")
+    assert "disk full: " in said
+    assert "bytes more, or give --out on another disk" in said
+    assert not (tmp_path / "store").exists()
+
+
+def test_dry_run_refuses_another_build_as_the_build_does(command, tmp_path):
+    run(*command)
+    assert "min_prob: this command" in fails(2, *command, "--min-prob", 0.01, "--dry-run")
 
 
 def test_several_files_after_one_data_flag_or_several_flags_are_the_same(
@@ -143,7 +184,8 @@ def test_several_files_after_one_data_flag_or_several_flags_are_the_same(
         for rest in [("--seq-len", 32, "--dry-run", "--json")]
         for data in (["--data", *files], ["--data", files[0], "--data", files[1]])
     ]
-    assert plans[0] == plans[1]
+    for key in ("rows", "tokens", "estimated_bytes"):
+        assert plans[0][key] == plans[1][key]
     assert plans[0]["valid_tokens"] > 20
 
 
@@ -365,7 +407,7 @@ def test_info_of_what_is_no_store_exits_with_4(tmp_path, corpus, teacher1):
     (tmp_path / "zarr.json").write_text('{"attributes": {"logitcache": {"format": 1}}}')
     assert "damaged manifest" in fails(4, "info", tmp_path)
     (tmp_path / "zarr.json").write_text('{"attributes": {"logitcache": {"format": 2}}}')
-    assert "format: expected 1, found 2" in fails(4, "info", tmp_path)
+    assert "format: written by format 2, this version reads 1" in fails(4, "info", tmp_path)
 
 
 # --- stopping and going on -----------------------------------------------------------------------

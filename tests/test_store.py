@@ -386,9 +386,9 @@ def test_a_store_of_a_newer_format_is_refused(copied, built):
     metadata["attributes"]["logitcache"]["format"] += 1
     (copied / "zarr.json").write_text(json.dumps(metadata))
     before = contents(copied)
-    with pytest.raises(StoreError, match=r"format: expected 1, found 2"):
+    with pytest.raises(StoreError, match=r"format: written by format 2, this version reads 1"):
         open_store(copied)
-    with pytest.raises(StoreError, match=r"format: expected 1, found 2"):
+    with pytest.raises(StoreError, match=r"format: written by format 2, this version reads 1"):
         build(out=copied, **built.settings)
     assert contents(copied) == before
 
@@ -447,6 +447,30 @@ def test_workers_that_build_a_share_each_make_the_whole(tmp_path, built, sharded
     with pytest.raises(StoreError, match="incomplete: rows"):
         open_store(tmp_path / "store")
     build(out=tmp_path / "store", shard="0/2", **built.settings)
+    assert contents(tmp_path / "store") == sharded
+
+
+def test_ranks_of_torchrun_make_what_one_process_makes(tmp_path, built, sharded):
+    script = tmp_path / "build.py"
+    script.write_text(
+        "import logitcache.layout\n"
+        f"logitcache.layout.SHARD_POSITIONS = {SMALL_SHARDS}\n"
+        "from logitcache.cli import main\n"
+        "main()\n"
+    )
+    settings = built.settings
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        + [str(script), "build", "--teacher1", str(settings["teacher1"]), "--seq-len=48"]
+        + ["--teacher2", str(settings["teacher2"]), "--data", str(settings["data"][0])]
+        + ["--set=device=cpu", "--json", "--out", str(tmp_path / "store")],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == len(open_store(tmp_path / "store"))
     assert contents(tmp_path / "store") == sharded
 
 
