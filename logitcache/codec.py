@@ -7,14 +7,14 @@ to end, position by position, as byte planes of equal length, which zstd packs w
   to the rank before (rank - rank before - 1; the first has its rank itself), lowest byte first,
   then a level: 0 for the position's top-1 entry, whose logp is the field top1, else one of the
   level table. With a floor (plain top-k) levels count from the position's last one down.
-* Sampled entries, by rising block of eight ids: the bytes, lowest first, of the word
+* Sampled entries, by rising group and rank (``draws``: rank 0 is the id that holds its group's
+  least number, nearly always the one that was drawn): the bytes, lowest first, of the word
 
-      value | (gap & m) << b | (gap >> (8 - b) & 255) << 8 | place << 16 | gap >> (16 - b) << 19
+      value | later << b | gap << (b + 1)
 
-  with gap = block - block before, place that of the id in its block, value of b bits = flat << b-1
-  | round(-logp / step + d), d the entry's dither, and m = 2^(8 - b) - 1. Bits are dealt out so that
-  no plane is so regular that zstd wastes matches on it. Precision "standard": b = 5, step 3, places
-  in the order of ``draws``. "high": b = 8, step 1/2, places those of the ids themselves.
+  with gap = group - group before, later = whether the rank is not 0, value of b bits = flat <<
+  (b - 1) | round(-logp / step + d), d the entry's dither; then a plane with the ranks of the later
+  ones alone, end to end. Precision "standard": b = 5, step 3. "high": b = 8, step 1/2.
   flat says that max(p, p^S) is p itself: the inclusion is p / threshold, and at T = 1 the target's
   share is the threshold, whatever was rounded. It is p^S / threshold elsewhere.
 
@@ -38,23 +38,23 @@ from typing import Any
 
 import numpy as np
 
-from .draws import BLOCK, from_order, to_order
+from .draws import holders, join_ids, num_groups, split_ids
 from .errors import StoreError
 from .levels import LevelTable, dither
 
 _U32 = np.uint32
 _FIXED = 1 << 17  # steps per nat while entries are sorted
 TOP = 0  # the level that marks the top-1 entry
+_RANK_BITS = 5  # of a member of a group
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Constants of one precision. ordered: whether places in blocks are those of ``draws``."""
+    """Constants of one precision."""
 
     table: LevelTable
     sampled_step: float
     value_bits: int
-    ordered: bool
 
     @property
     def flat_bit(self) -> int:
@@ -62,8 +62,8 @@ class Precision:
 
 
 PRECISIONS = {
-    "standard": Precision(LevelTable(1 / 24, 1.0, first=1), 3.0, 5, True),
-    "high": Precision(LevelTable(1 / 100, 1 / 6, first=1), 0.5, 8, False),
+    "standard": Precision(LevelTable(1 / 24, 1.0, first=1), 3.0, 5),
+    "high": Precision(LevelTable(1 / 100, 1 / 6, first=1), 0.5, 8),
 }
 # Plain top-k keeps many entries so small that a step of 2 nats does: 2.5 bytes less at k = 64.
 _FLOOR_TABLE = LevelTable(1 / 35, 2.0, first=1)
@@ -89,9 +89,8 @@ def certain_planes(vocab_size: int) -> int:
 
 
 def sampled_planes(vocab_size: int, precision: str) -> int:
-    gap_bits = ((vocab_size - 1) // BLOCK).bit_length()
-    high_bits = max(gap_bits - (16 - PRECISIONS[precision].value_bits), 0)
-    return 2 + (3 + high_bits + 7) // 8
+    gap_bits = (num_groups(vocab_size) - 1).bit_length()
+    return (PRECISIONS[precision].value_bits + 1 + gap_bits + 7) // 8 + 1
 
 
 @dataclass(frozen=True)
@@ -223,28 +222,46 @@ def encode_sampled(
     """Give the planes, uint8 [planes, E]. keys_P: of ``draws.position_keys``."""
     constants, count_P = PRECISIONS[precision], entries.count_P
     assert entries.flat is not None
-    places = entries.ids
-    if constants.ordered:
-        places = to_order(np.repeat(keys_P, count_P), entries.ids)
+    places, members = split_ids(entries.ids)
+    members ^= holders(keys_P, count_P, places)
+    places <<= _U32(_RANK_BITS)
+    places |= members
     # One sort carries the values along, -logp as fixed point; gathering by an order takes longer.
-    fixed = np.clip(entries.logp * np.float32(-_FIXED), 0, _FIXED * 64 - 1).astype(np.uint64)
-    keys = np.repeat(np.arange(len(count_P), dtype=np.uint64), count_P) << np.uint64(44)
+    fixed = entries.logp * np.float32(-_FIXED)
+    np.clip(fixed, 0, _FIXED * 64 - 1, out=fixed)
+    low = fixed.astype(np.uint32)
+    low <<= _U32(1)
+    low |= entries.flat
+    keys = np.repeat(np.arange(len(count_P), dtype=np.uint64) << np.uint64(44), count_P)
     keys |= places.astype(np.uint64) << np.uint64(24)
-    keys |= (fixed << np.uint64(1)) | entries.flat
+    keys |= low
     keys.sort()
-    places = (keys >> np.uint64(24)).astype(np.uint32) & _U32((1 << 20) - 1)
     low = keys.astype(np.uint32) & _U32((1 << 24) - 1)
-    level = (low >> _U32(1)).astype(np.float32) / np.float32(_FIXED * constants.sampled_step)
+    keys >>= np.uint64(24)
+    places = keys.astype(np.uint32)
+    places &= _U32((1 << 20) - 1)
+    level = (low >> _U32(1)).astype(np.float32)
+    level *= np.float32(1 / (_FIXED * constants.sampled_step))
     level += dither(len(level))
-    value = np.clip(np.rint(level), 0, constants.flat_bit - 1).astype(np.uint32)
-    value |= (low & _U32(1)) << _U32(constants.value_bits - 1)
-    gaps, bits = _gaps(places >> _U32(3), count_P, 0), constants.value_bits
-    value |= (gaps << _U32(bits)) & _U32(0xFF)
-    value |= ((gaps >> _U32(8 - bits)) & _U32(0xFF)) << _U32(8)
-    value |= (places & _U32(BLOCK - 1)) << _U32(16)
-    value |= (gaps >> _U32(16 - bits)) << _U32(19)
-    planes = np.empty((sampled_planes(vocab_size, precision), len(value)), np.uint8)
-    _split(value, planes)
+    np.rint(level, out=level)
+    np.clip(level, 0, constants.flat_bit - 1, out=level)
+    word = level.astype(np.uint32)
+    low &= _U32(1)
+    low <<= _U32(constants.value_bits - 1)
+    word |= low
+    ranks = places & _U32((1 << _RANK_BITS) - 1)
+    later = ranks != 0
+    places >>= _U32(_RANK_BITS)
+    gaps = _gaps(places, count_P, 0)
+    gaps <<= _U32(1)
+    gaps |= later
+    gaps <<= _U32(constants.value_bits)
+    word |= gaps
+    planes = np.empty((sampled_planes(vocab_size, precision), len(word)), np.uint8)
+    _split(word, planes[:-1])
+    ranks = ranks[later]
+    planes[-1, : len(ranks)] = ranks
+    planes[-1, len(ranks) :] = 0
     return planes
 
 
@@ -252,28 +269,23 @@ def decode_sampled(
     planes: np.ndarray, count_P: np.ndarray, keys_P: np.ndarray, vocab_size: int, precision: str
 ) -> Entries:
     """Undo encode_sampled."""
-    constants = PRECISIONS[precision]
-    word, bits = _join(planes), constants.value_bits
-    blocks = word >> _U32(8)
-    blocks &= _U32(0xFF)
-    blocks <<= _U32(8 - bits)
-    low = planes[0] >> np.uint8(bits) if bits < 8 else None
-    if low is not None:
-        blocks |= low
-    high = word >> _U32(19)
-    if high.any():
-        blocks |= high << _U32(16 - bits)
-    _running(blocks, count_P, 0)
-    word >>= _U32(16)
-    word &= _U32(BLOCK - 1)
-    if constants.ordered:
-        ids = from_order(np.repeat(keys_P, count_P), blocks, word)
-    else:
-        ids = blocks << _U32(3) | word
-    if len(ids) and int(ids.max()) >= vocab_size:
+    constants, bits = PRECISIONS[precision], PRECISIONS[precision].value_bits
+    groups = _join(planes[:-1])
+    groups >>= _U32(bits + 1)
+    _running(groups, count_P, 0)
+    members = holders(keys_P, count_P, groups)
+    later = np.flatnonzero(planes[bits // 8] & np.uint8(1 << bits % 8))
+    ranks = planes[-1, : len(later)]
+    if len(ranks) and not 0 < int(ranks.min()) <= int(ranks.max()) < 1 << _RANK_BITS:
+        raise StoreError(f"ranks in groups are {ranks.min()} to {ranks.max()}, not 1 to 31")
+    members[later] ^= ranks
+    ids = join_ids(groups, members)
+    if len(ids) and (int(groups.max()) >= num_groups(vocab_size) or int(ids.max()) >= vocab_size):
         raise StoreError(f"an id is {ids.max()}, there are {vocab_size} token ids")
-    flat = (planes[0] & np.uint8(constants.flat_bit)).astype(bool)
-    logp = (planes[0] & np.uint8(constants.flat_bit - 1)).astype(np.float32)
+    value = planes[0] & np.uint8(2 * constants.flat_bit - 1)
+    flat = value >= np.uint8(constants.flat_bit)
+    value &= np.uint8(constants.flat_bit - 1)
+    logp = value.astype(np.float32)
     logp -= dither(len(logp))
     logp *= np.float32(-constants.sampled_step)
     return Entries(count_P, ids, logp, flat)
