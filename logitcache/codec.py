@@ -10,11 +10,12 @@ to end, position by position, as byte planes of equal length, which zstd packs w
 * Sampled entries, by rising group and rank (``draws``: rank 0 is the id that holds its group's
   least number, nearly always the one that was drawn): the bytes, lowest first, of the word
 
-      value | later << b | gap << (b + 1)
+      value | more << b | low bits of gap << (b + 1)
 
-  with gap = group - group before, later = whether the rank is not 0, value of b bits = flat <<
-  (b - 1) | round(-logp / step + d), d the entry's dither; then a plane with the ranks of the later
-  ones alone, end to end. Precision "standard": b = 5, step 3. "high": b = 8, step 1/2.
+  with gap = group - group before and value of b bits = flat << (b - 1) | round(-logp / step + d),
+  d the entry's dither. more says that the entry has something in the list of what is rare: rank |
+  rest of the gap << 5, whose bytes are the last planes, end to end. Precision "standard": b = 5,
+  step 3, words of two bytes. "high": b = 8, step 1/2, words of three bytes.
   flat says that max(p, p^S) is p itself: the inclusion is p / threshold, and at T = 1 the target's
   share is the threshold, whatever was rounded. It is p^S / threshold elsewhere.
 
@@ -55,6 +56,12 @@ class Precision:
     table: LevelTable
     sampled_step: float
     value_bits: int
+    word_planes: int  # 2 or 3
+
+    @property
+    def gap_bits(self) -> int:
+        """Bits of a gap that a sampled entry's word has."""
+        return 8 * self.word_planes - self.value_bits - 1
 
     @property
     def flat_bit(self) -> int:
@@ -62,8 +69,8 @@ class Precision:
 
 
 PRECISIONS = {
-    "standard": Precision(LevelTable(1 / 24, 1.0, first=1), 3.0, 5),
-    "high": Precision(LevelTable(1 / 100, 1 / 6, first=1), 0.5, 8),
+    "standard": Precision(LevelTable(1 / 24, 1.0, first=1), 3.0, 5, 2),
+    "high": Precision(LevelTable(1 / 100, 1 / 6, first=1), 0.5, 8, 3),
 }
 # Plain top-k keeps many entries so small that a step of 2 nats does: 2.5 bytes less at k = 64.
 _FLOOR_TABLE = LevelTable(1 / 35, 2.0, first=1)
@@ -89,8 +96,9 @@ def certain_planes(vocab_size: int) -> int:
 
 
 def sampled_planes(vocab_size: int, precision: str) -> int:
-    gap_bits = (num_groups(vocab_size) - 1).bit_length()
-    return (PRECISIONS[precision].value_bits + 1 + gap_bits + 7) // 8 + 1
+    constants = PRECISIONS[precision]
+    rest = max((num_groups(vocab_size) - 1).bit_length() - constants.gap_bits, 0)
+    return constants.word_planes + (_RANK_BITS + rest + 7) // 8
 
 
 @dataclass(frozen=True)
@@ -249,19 +257,19 @@ def encode_sampled(
     low &= _U32(1)
     low <<= _U32(constants.value_bits - 1)
     word |= low
-    ranks = places & _U32((1 << _RANK_BITS) - 1)
-    later = ranks != 0
+    rare = places & _U32((1 << _RANK_BITS) - 1)
     places >>= _U32(_RANK_BITS)
     gaps = _gaps(places, count_P, 0)
+    rare |= (gaps >> _U32(constants.gap_bits)) << _U32(_RANK_BITS)
+    more = rare != 0
     gaps <<= _U32(1)
-    gaps |= later
+    gaps |= more
     gaps <<= _U32(constants.value_bits)
     word |= gaps
-    planes = np.empty((sampled_planes(vocab_size, precision), len(word)), np.uint8)
-    _split(word, planes[:-1])
-    ranks = ranks[later]
-    planes[-1, : len(ranks)] = ranks
-    planes[-1, len(ranks) :] = 0
+    planes = np.zeros((sampled_planes(vocab_size, precision), len(word)), np.uint8)
+    _split(word, planes[: constants.word_planes])
+    rare = rare[more]
+    _split(rare, planes[constants.word_planes :, : len(rare)])
     return planes
 
 
@@ -269,16 +277,17 @@ def decode_sampled(
     planes: np.ndarray, count_P: np.ndarray, keys_P: np.ndarray, vocab_size: int, precision: str
 ) -> Entries:
     """Undo encode_sampled."""
-    constants, bits = PRECISIONS[precision], PRECISIONS[precision].value_bits
-    groups = _join(planes[:-1])
+    constants = PRECISIONS[precision]
+    bits = constants.value_bits
+    groups = _join(planes[: constants.word_planes])
     groups >>= _U32(bits + 1)
+    more = np.flatnonzero((planes[bits // 8] & np.uint8(1 << bits % 8)) != 0)
+    rare = _join(planes[constants.word_planes :, : len(more)])
+    groups[more] += (rare >> _U32(_RANK_BITS)) << _U32(constants.gap_bits)
+    rare &= _U32((1 << _RANK_BITS) - 1)
     _running(groups, count_P, 0)
     members = holders(keys_P, count_P, groups)
-    later = np.flatnonzero(planes[bits // 8] & np.uint8(1 << bits % 8))
-    ranks = planes[-1, : len(later)]
-    if len(ranks) and not 0 < int(ranks.min()) <= int(ranks.max()) < 1 << _RANK_BITS:
-        raise StoreError(f"ranks in groups are {ranks.min()} to {ranks.max()}, not 1 to 31")
-    members[later] ^= ranks
+    members[more] ^= rare
     ids = join_ids(groups, members)
     if len(ids) and (int(groups.max()) >= num_groups(vocab_size) or int(ids.max()) >= vocab_size):
         raise StoreError(f"an id is {ids.max()}, there are {vocab_size} token ids")

@@ -23,9 +23,9 @@ _KEY1_SALT = 0x2545F491
 _U32 = np.uint32
 
 
-def mix(x: np.ndarray) -> np.ndarray:
-    """Scramble 32-bit words (lowbias32 of C. Wellons' hash prospector, public domain)."""
-    x = x ^ (x >> _U32(16))
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Scramble 32-bit words, in place (lowbias32 of C. Wellons' hash prospector, public domain)."""
+    x ^= x >> _U32(16)
     x *= _U32(0x7FEB352D)
     x ^= x >> _U32(15)
     x *= _U32(0x846CA68B)
@@ -35,11 +35,15 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def position_keys(seed: int, positions: np.ndarray) -> np.ndarray:
     """The key of holders at each position, uint32; positions: int64, row * seq_len + token."""
-    low = (positions & 0xFFFFFFFF).astype(np.uint32)
-    high = (positions >> 32).astype(np.uint32)
-    start = mix(np.array([(seed & 0xFFFFFFFF) ^ _GROUP_STEP], np.uint32)) ^ _U32(seed >> 32)
-    key0 = mix(mix(mix(start) ^ low) ^ high)
-    return mix(key0 ^ low ^ _U32(_KEY1_SALT))
+    low = positions.astype(np.uint32)
+    start = _mix(np.array([(seed & 0xFFFFFFFF) ^ _GROUP_STEP], np.uint32))
+    start ^= _U32(seed >> 32)
+    key = _mix(_mix(start) ^ low)
+    key ^= (positions >> 32).astype(np.uint32)
+    key = _mix(key)
+    key ^= low
+    key ^= _U32(_KEY1_SALT)
+    return _mix(key)
 
 
 def num_groups(vocab_size: int) -> int:

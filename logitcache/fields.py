@@ -6,7 +6,10 @@
     floor    level that the certain entries count down from, see ``codec`` (plain top-k only)
     G(T)     round(G / step + d) minus what earlier ones predict, d the position's dither, as a
              sign-last number (0, -1, 1, -2, ... as 0, 1, 2, 3, ...), plus 1; 0 is minus infinity,
-             an empty tail. Low and high byte are a field each, the latter nearly always 0.
+             an empty tail. The high byte is nearly always 0.
+
+They lie in three planes, each as wide as T (at least three or four) fields of P positions, end to
+end, zeros after them: the first four above; the tails' low bytes; their high bytes.
 
 Error bounds: top-1 and gold as in ``levels``; entropy 1/32 nat up to 15.9 nats; G(1) half its step,
 and above T = 1 half a step of F (see encode_fields).
@@ -59,11 +62,12 @@ def tail_steps(temperatures: Sequence[float], precision: str) -> tuple[TailStep,
     )
 
 
-def field_names(steps: Sequence[TailStep], floor: bool) -> list[str]:
-    """Names of the fields in their order in a store."""
-    names = ["top1", "gold", "entropy", *(["floor"] if floor else [])]
-    tails = [f"tail_{step.temperature:g}" for step in steps]
-    return names + tails + [f"{tail}_high" for tail in tails]
+PLANES = 3
+
+
+def fields_width(temperatures: Sequence[float], floor: bool) -> int:
+    """How many fields a plane has room for."""
+    return max(len(temperatures), 4 if floor else 3)
 
 
 @dataclass(frozen=True)
@@ -109,27 +113,27 @@ def encode_fields(
     temperatures: Sequence[float],
     precision: str,
 ) -> np.ndarray:
-    """Give uint8 [fields, P], zero where nothing is kept.
+    """Give uint8 [3, width, P], zero where nothing is kept.
 
     Above T = 1 the stored G also makes up for the rounding of the certain entries, as far as that
     is less than half of the tail: so F(T), which is what G is for, is right to a step.
     """
     kept_P = certain.count_P > 0
     steps = tail_steps(temperatures, precision)
-    names = field_names(steps, floor_P is not None)
-    out = np.zeros((len(names), len(kept_P)), np.uint8)
-    out[0] = top1 = top1_levels(fields.top1_P, kept_P)
+    out = np.zeros((PLANES, fields_width(temperatures, floor_P is not None), len(kept_P)), np.uint8)
+    head, low, high = out
+    head[0] = top1 = top1_levels(fields.top1_P, kept_P)
     gold = np.minimum(FINE.encode(np.nan_to_num(fields.gold_P, nan=0.0)), ABSENT - 1)
-    out[1] = np.where(np.isnan(fields.gold_P), ABSENT, gold) - top1
+    head[1] = np.where(np.isnan(fields.gold_P), ABSENT, gold) - top1
     entropy = np.rint(np.clip(np.nan_to_num(fields.entropy_P), 0, 15.9) * ENTROPY_STEPS)
-    out[2] = entropy.astype(np.uint8) - _three_quarters(top1)
+    head[2] = entropy.astype(np.uint8) - _three_quarters(top1)
     if floor_P is not None:
-        out[3] = floor_P
+        head[3] = floor_P
     known: dict[float, np.ndarray] = {}
     noise = dither(len(kept_P))
     empty = ~np.isfinite(fields.tail_PT).all(1)
     shift_P: np.ndarray | None = None
-    for step in steps:
+    for number, step in enumerate(steps):
         temperature = step.temperature
         tail = fields.tail_PT[:, list(temperatures).index(temperature)]
         tail = np.where(empty, np.float32(0), tail)
@@ -149,10 +153,9 @@ def encode_fields(
         left = q - _predicted(step, known)
         code = np.clip(np.where(left < 0, -2 * left - 1, 2 * left) + 1, 1, 65535)
         code = np.where(empty, 0, code)
-        name = f"tail_{temperature:g}"
-        out[names.index(name)] = code & 255
-        out[names.index(f"{name}_high")] = code >> 8
-    out[:, ~kept_P] = 0
+        low[number] = code & 255
+        high[number] = code >> 8
+    out[:, :, ~kept_P] = 0
     return out
 
 
@@ -162,30 +165,34 @@ def decode_fields(
     """Undo encode_fields; also the floors, if there are any. What is not kept decodes to numbers
     without meaning, and an empty tail."""
     steps = tail_steps(temperatures, precision)
-    names = field_names(steps, floor)
-    top1, gold = out[0], out[1] + out[0]
+    head, low, high = out
+    top1, gold = head[0], head[1] + head[0]
     gold_P = np.where(gold == ABSENT, np.float32(np.nan), FINE.logp.take(gold))
-    entropy_P = (out[2] + _three_quarters(top1)).astype(np.float32) / np.float32(ENTROPY_STEPS)
-    tail_PT = np.empty((out.shape[1], len(temperatures)), np.float32)
+    entropy_P = (head[2] + _three_quarters(top1)).astype(np.float32) / np.float32(ENTROPY_STEPS)
+    # G of all temperatures at once, but for the predictions: small arrays cost by the call.
+    q_TP = low[: len(steps)].astype(np.int32)
+    q_TP |= high[: len(steps)].astype(np.int32) << 8
+    empty_TP = q_TP == 0
+    q_TP -= 1
+    sign_TP = q_TP & 1
+    q_TP >>= 1
+    np.negative(sign_TP, out=sign_TP)
+    q_TP ^= sign_TP
+    no_tail = bool(empty_TP.any())
     known: dict[float, np.ndarray] = {}
-    noise = dither(out.shape[1])
-    for step in steps:
-        name = f"tail_{step.temperature:g}"
-        code = out[names.index(name)].astype(np.int32)
-        high = out[names.index(f"{name}_high")]
-        if high.any():
-            code |= high.astype(np.int32) << 8
-        empty = code == 0
-        code -= 1
-        q = (code >> 1) ^ -(code & 1)
+    for q, empty, step in zip(q_TP, empty_TP, steps, strict=True):
         q += _predicted(step, known)
-        q[empty] = 0
+        if no_tail:
+            q[empty] = 0
         known[step.temperature] = q
-        tail = (q - noise) / np.float32(step.per_nat)
-        tail[empty] = -np.inf
-        tail_PT[:, list(temperatures).index(step.temperature)] = tail
+    tail_TP = np.subtract(q_TP, dither(out.shape[2]), dtype=np.float32)
+    tail_TP *= np.array([[1 / step.per_nat] for step in steps], np.float32)
+    if no_tail:
+        tail_TP[empty_TP] = -np.inf
+    chain = [step.temperature for step in steps]
+    tail_PT = tail_TP[[chain.index(float(t)) for t in temperatures]].T
     fields = Fields(tail_PT, entropy_P, FINE.logp.take(top1), gold_P)
-    return fields, out[3] if floor else None
+    return fields, head[3] if floor else None
 
 
 def _three_quarters(top1: np.ndarray) -> np.ndarray:

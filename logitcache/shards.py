@@ -173,15 +173,16 @@ class ShardFile:
         if stored != index_crc:
             raise StoreError(f"{self.path}: is another shard than its commit record says")
         index = np.frombuffer(table[:-4], "<u8").reshape(-1, 2)
-        self._present = index[:, 0] != _ABSENT
+        present = index[:, 0] != _ABSENT
         room = size - spec.index_bytes
         # Nothing wraps: an offset within the file, then a length within what is left of it.
         fits = (index[:, 0] <= room) & (index[:, 1] <= room)
         fits &= index[:, 1] <= spec.chunk_bytes + 4096
-        index = np.where(self._present[:, None], index, 0)
-        if not (fits | ~self._present).all() or (index.sum(1) > room).any():
+        index = np.where(present[:, None], index, 0)
+        if not (fits | ~present).all() or (index.sum(1) > room).any():
             raise StoreError(f"{self.path}: its index points outside the file")
-        self._index = index.astype(np.int64)
+        # First byte and the one after the last of each chunk, 0 and 0 if it is left out.
+        self._spans = index.astype(np.int64).cumsum(1)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -193,39 +194,37 @@ class ShardFile:
             raise StoreError(f"{self.path}: expected {length} bytes at {offset}, found {len(data)}")
         return data
 
-    def read(self, row: int, length: int) -> np.ndarray:
-        """The first ``length`` elements of each plane of the shard's row: [planes, length].
+    def read(self, row: int, length: int | None = None) -> np.ndarray:
+        """The first ``length`` elements (or all) of each plane of a row: [planes, length].
 
         StoreError if a chunk fails its checksum or is not what its index says.
         """
-        spec = self.spec
+        spec, pieces, size = self.spec, self.spec.pieces, self.spec.chunk_bytes
+        length = spec.shape[-1] if length is None else length
         if length > spec.shape[-1]:
             raise StoreError(
                 f"{self.path}: expected at most {spec.shape[-1]} entries in a row, found {length}"
             )
-        first = row * spec.chunks_per_row
-        index = self._index[first : first + spec.chunks_per_row].tolist()
-        present = self._present[first : first + spec.chunks_per_row].tolist()
-        spans = [(o, o + n) for (o, n), there in zip(index, present, strict=True) if there]
-        start, stop = (min(s[0] for s in spans), max(s[1] for s in spans)) if spans else (0, 0)
-        data = memoryview(self._pread(stop - start, start))
+        first, number = row * spec.chunks_per_row, spec.chunks_per_row
+        spans = self._spans[first : first + number].tolist()
+        there = [span for span in spans if span[1]]
+        start, stop = (min(s[0] for s in there), max(s[1] for s in there)) if there else (0, 0)
+        data = self._pread(stop - start, start)
         needed = -(-length // spec.chunk[-1])
-        size = spec.chunk_bytes
-        out = np.empty((spec.chunks_per_row // spec.pieces, needed * size), np.uint8)
-        for number, plane in enumerate(out):
+        out = np.empty((number // pieces, needed * size), np.uint8)
+        for plane in range(number // pieces):
             for piece in range(needed):
-                at = number * spec.pieces + piece
-                target = plane[piece * size : (piece + 1) * size]
-                if not present[at]:
+                begin, end = spans[plane * pieces + piece]
+                target = out[plane, piece * size : (piece + 1) * size]
+                if end:
+                    self._unpack(data[begin - start : end - start], target)
+                else:
                     target[:] = 0
-                    continue
-                offset, count = index[at]
-                self._unpack(data[offset - start : offset - start + count], target)
         return out.view(spec.dtype)[:, :length]
 
-    def _unpack(self, packed: memoryview, target: np.ndarray) -> None:
+    def _unpack(self, packed: bytes, target: np.ndarray) -> None:
         body = packed[:-4]
-        if int.from_bytes(packed[-4:], "little") != google_crc32c.value(bytes(body)):
+        if int.from_bytes(packed[-4:], "little") != google_crc32c.value(body):
             raise StoreError(f"{self.path}: a chunk fails its checksum")
         if frame_content_size(body[:18]) != len(target):
             raise StoreError(f"{self.path}: a chunk does not unpack to {len(target)} bytes")

@@ -42,15 +42,13 @@ def mix(x: int) -> int:
     return x ^ x >> 16
 
 
-def place_to_id(block: int, place: int, seed: int, position: int) -> int:
+def sampled_id(group: int, rank: int, seed: int, position: int) -> int:
+    low, high = position & MASK, position >> 32
     key = mix(mix((seed & MASK) ^ 0x9E3779B9) ^ (seed >> 32))
-    key = mix(mix(key ^ (position & MASK)) ^ (position >> 32))
-
-    def u(token: int) -> int:
-        word = mix(key + (token // 2) * 0x9E3779B9 & MASK)
-        return (word >> 16 * (token % 2) & 0xFFFF) << 16 | token % 8
-
-    return sorted(range(8 * block, 8 * block + 8), key=u)[place]
+    key = mix(mix(mix(key ^ low) ^ high) ^ low ^ 0x2545F491)
+    holder = mix(key - (group + 1) * 0x85EBCA6B & MASK) >> 27
+    member = holder ^ rank
+    return group // 128 * 4096 + member // 8 * 1024 + group % 128 * 8 + member % 8
 
 
 def read_row(store, name: str, row: int):
@@ -63,20 +61,21 @@ def read_row(store, name: str, row: int):
     table = (1 / 100, 1 / 6, 1) if high else (1 / 35, 2, 1) if floor else (1 / 24, 1, 1)
     order = group["order"][row // manifest["shard_rows"]].astype(int)
     id_of_rank = np.cumsum(order[0] + 256 * order[1] + 65536 * order[2]) % 2**24
-    count, fields = group["count"][row].astype(int), group["fields"][row].astype(int)
+    count = group["count"][row].astype(int).reshape(-1, manifest["seq_len"])
+    head, low, high_bytes = group["fields"][row].astype(int).reshape(3, -1, manifest["seq_len"])
     certain = group["certain"][row].astype(int)
     sampled = group["sampled"][row].astype(int) if "sampled" in group else None
-    bits, step = (8, 0.5) if high else (5, 3.0)
-    at_certain = at_sampled = 0
+    bits, step, wide = (8, 0.5, 3) if high else (5, 3.0, 2)
+    at_certain = at_sampled = at_rare = 0
     positions = []
     for position in range(manifest["seq_len"]):
-        column = fields[:, position].tolist()
-        top1, names = column[0], column[3 + floor :]
+        column = head[:, position].tolist()
+        top1 = column[0]
         gold = (column[1] + top1) % 256
         entropy = (column[2] + 3 * top1 // 4) % 256 / 16
         q, tail = {}, {}
         for number, (temperature, steps, constant, weights) in enumerate(CHAIN):
-            code = names[number] + 256 * names[number + len(CHAIN)]
+            code = int(low[number, position] + 256 * high_bytes[number, position])
             steps, constant = steps * (4 if high else 1), constant * (4 if high else 1)
             left = (code - 1) // 2 if code % 2 else -(code // 2)
             total = constant + 128 + sum(w * q[t] for t, w in weights.items())
@@ -98,17 +97,18 @@ def read_row(store, name: str, row: int):
             entries = {token: (kind, x - shift) for token, (kind, x) in entries.items()}
             tail = {t: g - shift / t for t, g in tail.items()}
             top1_logp -= shift
-        block = 0
+        number = 0
         for _ in range(count[1][position] if sampled is not None else 0):
-            word = sum(int(sampled[p][at_sampled]) << 8 * p for p in range(len(sampled)))
+            word = sum(int(sampled[p][at_sampled]) << 8 * p for p in range(wide))
+            rare = 0
+            if word >> bits & 1:
+                rare = sum(int(plane[at_rare]) << 8 * p for p, plane in enumerate(sampled[wide:]))
+                at_rare += 1
             value = word & (1 << bits) - 1
-            gap = (word & 255) >> bits | (word >> 8 & 255) << 8 - bits | word >> 19 << 16 - bits
-            block += gap
-            place = word >> 16 & 7
-            token = 8 * block + place
-            if not high:
-                where = row * manifest["seq_len"] + position
-                token = place_to_id(block, place, teacher["seed"], where)
+            number += word >> bits + 1 | rare >> 5 << 8 * wide - bits - 1
+            rank = rare & 31
+            where = row * manifest["seq_len"] + position
+            token = sampled_id(number, rank, teacher["seed"], where)
             kind = "flat" if value >> bits - 1 else "tempered"
             level = value & (1 << bits - 1) - 1
             entries[token] = (kind, -step * (level - dither(at_sampled)))
