@@ -25,11 +25,14 @@ _U32 = np.uint32
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """Scramble 32-bit words, in place (lowbias32 of C. Wellons' hash prospector, public domain)."""
-    x ^= x >> _U32(16)
+    spare = x >> _U32(16)
+    x ^= spare
     x *= _U32(0x7FEB352D)
-    x ^= x >> _U32(15)
+    np.right_shift(x, _U32(15), out=spare)
+    x ^= spare
     x *= _U32(0x846CA68B)
-    x ^= x >> _U32(16)
+    np.right_shift(x, _U32(16), out=spare)
+    x ^= spare
     return x
 
 

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -51,15 +53,20 @@ _CHAIN = (
 )
 
 
-def tail_steps(temperatures: Sequence[float], precision: str) -> tuple[TailStep, ...]:
-    """The steps of a grid of temperatures, in the order in which they are predicted."""
+@cache
+def _chain(temperatures: tuple[float, ...], precision: str) -> tuple[TailStep, ...]:
     finer = 1 if precision == "standard" else 4
-    if {step.temperature for step in _CHAIN} != {float(t) for t in temperatures}:
-        return tuple(TailStep(float(t), 64 * finer) for t in temperatures)
+    if {step.temperature for step in _CHAIN} != set(temperatures):
+        return tuple(TailStep(t, 64 * finer) for t in temperatures)
     return tuple(
         TailStep(step.temperature, step.per_nat * finer, step.weights, step.constant * finer)
         for step in _CHAIN
     )
+
+
+def tail_steps(temperatures: Sequence[float], precision: str) -> tuple[TailStep, ...]:
+    """The steps of a grid of temperatures, in the order in which they are predicted."""
+    return _chain(tuple(float(t) for t in temperatures), precision)
 
 
 PLANES = 3
@@ -91,14 +98,33 @@ class CertainLogp:
     exact: np.ndarray
     found: np.ndarray
 
-    def sums(self, logp: np.ndarray, temperature: float) -> np.ndarray:
-        """Sum of exp(logp / temperature) at each position, 0 where there are none."""
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum of the entries' values at each position, 0 where there are none."""
         total_P = np.zeros(len(self.count_P), np.float32)
         has = self.count_P > 0
-        if len(logp):
+        if len(values):
             starts = (self.count_P.cumsum() - self.count_P)[has]
-            total_P[has] = np.add.reduceat(np.exp(logp * np.float32(1 / temperature)), starts)
+            total_P[has] = np.add.reduceat(values, starts)
         return total_P
+
+    def missing(self, shift_P: np.ndarray, temperatures: Sequence[float]) -> dict[float, Any]:
+        """By temperature: sum of exp(exact / T) less that of what a reader finds, float32 [P].
+
+        shift_P: what a reader takes off the entries' logp.
+        """
+        found = self.found - np.repeat(shift_P, self.count_P)
+        powers: dict[float, tuple[np.ndarray, np.ndarray]] = {}
+        out = {}
+        for temperature in sorted(temperatures, reverse=True):
+            double = powers.get(2 * temperature)
+            if double is not None:  # a square costs a fifth of an exp
+                pair = double[0] * double[0], double[1] * double[1]
+            else:
+                inverse = np.float32(1 / temperature)
+                pair = np.exp(self.exact * inverse), np.exp(found * inverse)
+            powers[temperature] = pair
+            out[temperature] = self.sums(pair[0] - pair[1])
+        return out
 
 
 def top1_levels(top1_P: np.ndarray, kept_P: np.ndarray) -> np.ndarray:
@@ -129,34 +155,55 @@ def encode_fields(
     head[2] = entropy.astype(np.uint8) - _three_quarters(top1)
     if floor_P is not None:
         head[3] = floor_P
-    known: dict[float, np.ndarray] = {}
+    rows = [list(temperatures).index(step.temperature) for step in steps]
+    tail_TP = np.ascontiguousarray(fields.tail_PT.T[rows], np.float32)  # in the chain's order
+    empty = ~np.isfinite(tail_TP).all(0)
+    tail_TP[:, empty] = 0
     noise = dither(len(kept_P))
-    empty = ~np.isfinite(fields.tail_PT).all(1)
-    shift_P: np.ndarray | None = None
-    for number, step in enumerate(steps):
-        temperature = step.temperature
-        tail = fields.tail_PT[:, list(temperatures).index(temperature)]
-        tail = np.where(empty, np.float32(0), tail)
-        if shift_P is not None and temperature > 1:
-            shift = shift_P / np.float32(temperature)
-            missing = certain.sums(certain.exact, temperature)
-            missing -= certain.sums(certain.found, temperature) * np.exp(-shift)
-            tail = tail + shift + np.log1p(np.clip(missing * np.exp(-tail), -0.5, 0.5))
-        q = np.rint(tail * np.float32(step.per_nat) + noise)
-        q = np.clip(q, -_G_MOST, _G_MOST).astype(np.int32)
-        q[empty] = 0
-        known[temperature] = q
-        if temperature == 1:
-            found = np.where(empty, 0, np.exp((q - noise) / np.float32(step.per_nat)))
-            total_P = certain.sums(certain.found, 1.0) + found
-            shift_P = np.log(total_P, where=kept_P, out=np.zeros_like(total_P))
-        left = q - _predicted(step, known)
-        code = np.clip(np.where(left < 0, -2 * left - 1, 2 * left) + 1, 1, 65535)
-        code = np.where(empty, 0, code)
-        low[number] = code & 255
-        high[number] = code >> 8
+    _make_up(tail_TP, steps, certain, kept_P, empty)
+    tail_TP *= np.array([[step.per_nat] for step in steps], np.float32)
+    tail_TP += noise
+    np.rint(tail_TP, out=tail_TP)
+    np.clip(tail_TP, -_G_MOST, _G_MOST, out=tail_TP)
+    q_TP = tail_TP.astype(np.int32)
+    q_TP[:, empty] = 0
+    known = {step.temperature: q for step, q in zip(steps, q_TP, strict=True)}
+    left_TP = np.stack([q - _predicted(step, known) for step, q in zip(steps, q_TP, strict=True)])
+    code_TP = (left_TP << 1) ^ (left_TP >> 31)  # 0, -1, 1, ... as 0, 1, 2, ...
+    code_TP += 1
+    np.clip(code_TP, 1, 65535, out=code_TP)
+    code_TP[:, empty] = 0
+    low[: len(steps)] = code_TP
+    high[: len(steps)] = code_TP >> 8
     out[:, :, ~kept_P] = 0
     return out
+
+
+def _make_up(
+    tail_TP: np.ndarray,
+    steps: Sequence[TailStep],
+    certain: CertainLogp,
+    kept_P: np.ndarray,
+    empty_P: np.ndarray,
+) -> None:
+    """Change G above T = 1, in place, by what the certain entries lose in rounding."""
+    chain = [step.temperature for step in steps]
+    above = [t for t in chain if t > 1]
+    if not above:
+        return
+    one = chain.index(1.0)
+    per_nat, noise = np.float32(steps[one].per_nat), dither(len(kept_P))
+    q = np.clip(np.rint(tail_TP[one] * per_nat + noise), -_G_MOST, _G_MOST)
+    found = np.exp((q - noise) / per_nat)
+    found[empty_P] = 0
+    found += certain.sums(np.exp(certain.found))
+    shift_P = np.log(found, where=kept_P, out=np.zeros_like(found))
+    missing = certain.missing(shift_P, above)
+    for tail, temperature in zip(tail_TP, chain, strict=True):
+        if temperature > 1:
+            share = missing[temperature] * np.exp(np.minimum(-tail, np.float32(80)))
+            np.clip(share, -0.5, 0.5, out=share)
+            tail += shift_P * np.float32(1 / temperature) + np.log(share + np.float32(1))
 
 
 def decode_fields(
@@ -170,14 +217,15 @@ def decode_fields(
     gold_P = np.where(gold == ABSENT, np.float32(np.nan), FINE.logp.take(gold))
     entropy_P = (head[2] + _three_quarters(top1)).astype(np.float32) / np.float32(ENTROPY_STEPS)
     # G of all temperatures at once, but for the predictions: small arrays cost by the call.
-    q_TP = low[: len(steps)].astype(np.int32)
-    q_TP |= high[: len(steps)].astype(np.int32) << 8
-    empty_TP = q_TP == 0
-    q_TP -= 1
-    sign_TP = q_TP & 1
-    q_TP >>= 1
-    np.negative(sign_TP, out=sign_TP)
-    q_TP ^= sign_TP
+    code_TP = low[: len(steps)].astype(np.uint16)
+    if high.any():
+        code_TP |= high[: len(steps)].astype(np.uint16) << np.uint16(8)
+    empty_TP = code_TP == 0
+    code_TP -= np.uint16(1)
+    half_TP = (code_TP >> np.uint16(1)).view(np.int16)
+    code_TP &= np.uint16(1)
+    half_TP ^= -code_TP.view(np.int16)
+    q_TP = half_TP.astype(np.int32)
     no_tail = bool(empty_TP.any())
     known: dict[float, np.ndarray] = {}
     for q, empty, step in zip(q_TP, empty_TP, steps, strict=True):
