@@ -181,8 +181,13 @@ class ShardFile:
         index = np.where(present[:, None], index, 0)
         if not (fits | ~present).all() or (index.sum(1) > room).any():
             raise StoreError(f"{self.path}: its index points outside the file")
-        # First byte and the one after the last of each chunk, 0 and 0 if it is left out.
+        # First byte and the one after the last of each chunk, 0 and 0 if it is left out:
+        # [row, plane, piece, 2].
         self._spans = index.astype(np.int64).cumsum(1)
+        self._spans = self._spans.reshape(
+            spec.shard_rows, spec.chunks_per_row // spec.pieces, spec.pieces, 2
+        )
+        self._room, self._chunk_bytes = spec.shape[-1], spec.chunk_bytes
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -199,28 +204,26 @@ class ShardFile:
 
         StoreError if a chunk fails its checksum or is not what its index says.
         """
-        spec, pieces, size = self.spec, self.spec.pieces, self.spec.chunk_bytes
-        length = spec.shape[-1] if length is None else length
-        if length > spec.shape[-1]:
+        length = self._room if length is None else length
+        if length > self._room:
             raise StoreError(
-                f"{self.path}: expected at most {spec.shape[-1]} entries in a row, found {length}"
+                f"{self.path}: expected at most {self._room} entries in a row, found {length}"
             )
-        first, number = row * spec.chunks_per_row, spec.chunks_per_row
-        spans = self._spans[first : first + number].tolist()
-        there = [span for span in spans if span[1]]
+        spans = self._spans[row].tolist()  # of planes, of pieces
+        there = [span for plane in spans for span in plane if span[1]]
         start, stop = (min(s[0] for s in there), max(s[1] for s in there)) if there else (0, 0)
         data = self._pread(stop - start, start)
-        needed = -(-length // spec.chunk[-1])
-        out = np.empty((number // pieces, needed * size), np.uint8)
-        for plane in range(number // pieces):
-            for piece in range(needed):
-                begin, end = spans[plane * pieces + piece]
-                target = out[plane, piece * size : (piece + 1) * size]
+        size = self._chunk_bytes
+        needed = -(-length // self.spec.chunk[-1])
+        out = np.empty((len(spans), needed * size), np.uint8)
+        for plane, target in zip(spans, out, strict=True):
+            for piece, (begin, end) in enumerate(plane[:needed]):
+                part = target[piece * size : (piece + 1) * size]
                 if end:
-                    self._unpack(data[begin - start : end - start], target)
+                    self._unpack(data[begin - start : end - start], part)
                 else:
-                    target[:] = 0
-        return out.view(spec.dtype)[:, :length]
+                    part[:] = 0
+        return out.view(self.spec.dtype)[:, :length]
 
     def _unpack(self, packed: bytes, target: np.ndarray) -> None:
         body = packed[:-4]
