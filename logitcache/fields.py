@@ -157,7 +157,7 @@ def encode_fields(
         head[3] = floor_P
     rows = [list(temperatures).index(step.temperature) for step in steps]
     tail_TP = np.ascontiguousarray(fields.tail_PT.T[rows], np.float32)  # in the chain's order
-    empty = ~np.isfinite(tail_TP).all(0)
+    empty: np.ndarray = np.logical_not(np.isfinite(tail_TP).all(axis=0))
     tail_TP[:, empty] = 0
     noise = dither(len(kept_P))
     _make_up(tail_TP, steps, certain, kept_P, empty)
