@@ -96,24 +96,23 @@ class ArraySpec:
 
 def pack_shard(spec: ArraySpec, rows: Iterable[Sequence[np.ndarray]]) -> bytes:
     """Make a shard file. A row is its planes, each 1-D and at most E long; zeros follow."""
-    index = np.full((spec.shard_rows * spec.chunks_per_row, 2), _ABSENT, "<u8")
+    planes_per_row, pieces = spec.chunks_per_row // spec.pieces, spec.pieces
+    index = np.full((spec.shard_rows, planes_per_row, pieces, 2), _ABSENT, "<u8")
+    size = spec.chunk[-1]
+    whole = np.zeros(size, spec.dtype)
     parts: list[bytes] = []
     offset = 0
     for row, planes in enumerate(rows):
         for number, plane in enumerate(planes):
-            for piece in range(-(-len(plane) // spec.chunk[-1])):
-                part = plane[piece * spec.chunk[-1] : (piece + 1) * spec.chunk[-1]]
-                if not part.any():
+            for piece in range(-(-len(plane) // size)):
+                part = plane[piece * size : (piece + 1) * size]
+                if not part.max():  # any() looks at one element at a time
                     continue
-                if len(part) < spec.chunk[-1]:
-                    part = np.concatenate((part, np.zeros(spec.chunk[-1] - len(part), part.dtype)))
-                whole = np.ascontiguousarray(part, spec.dtype).view(np.uint8)
-                packed = zstd.compress(whole, ZSTD_LEVEL)
+                whole[: len(part)] = part
+                whole[len(part) :] = 0
+                packed = zstd.compress(whole.view(np.uint8), ZSTD_LEVEL)
                 packed += google_crc32c.value(packed).to_bytes(4, "little")
-                index[row * spec.chunks_per_row + number * spec.pieces + piece] = (
-                    offset,
-                    len(packed),
-                )
+                index[row, number, piece] = offset, len(packed)
                 parts.append(packed)
                 offset += len(packed)
     table = index.tobytes()
