@@ -1,21 +1,15 @@
 """The transform before zarr's codecs: one row's supports as byte planes. No torch, no files.
 
 A row has L positions, each with certain and sampled entries (DESIGN section 5). Both kinds lie end
-to end, position by position, as byte planes of equal length, which zstd packs well:
+to end, position by position, as the byte planes of ``words``:
 
-* Certain entries, by rising rank of their id in the shard's frequency order: the planes of the gap
-  to the rank before (rank - rank before - 1; the first has its rank itself), lowest byte first,
-  then a level: 0 for the position's top-1 entry, whose logp is the field top1, else one of the
-  level table. With a floor (plain top-k) levels count from the position's last one down.
+* Certain entries, by rising rank of their id in the shard's frequency order. Gap: that to the rank
+  before less 1. Value and extra number: low and high bits of a level, 0 for the position's top-1
+  entry, whose logp is the field top1, else one of the level table. With a floor (plain top-k)
+  levels count from the position's last one down.
 * Sampled entries, by rising group and rank (``draws``: rank 0 is the id that holds its group's
-  least number, nearly always the one that was drawn): the bytes, lowest first, of the word
-
-      value | more << b | low bits of gap << (b + 1)
-
-  with gap = group - group before and value of b bits = flat << (b - 1) | round(-logp / step + d),
-  d the entry's dither. more says that the entry has something in the list of what is rare: rank |
-  rest of the gap << 5, whose bytes are the last planes, end to end. Precision "standard": b = 5,
-  step 3, words of two bytes. "high": b = 8, step 1/2, words of three bytes.
+  least number, nearly always the one that was drawn). Gap: that to the group before. Value: flat
+  << (b - 1) | round(-logp / step + d), d the entry's dither. Extra number: the rank.
   flat says that max(p, p^S) is p itself: the inclusion is p / threshold, and at T = 1 the target's
   share is the threshold, whatever was rounded. It is p^S / threshold elsewhere.
 
@@ -42,6 +36,7 @@ import numpy as np
 from .draws import holders, join_ids, num_groups, split_ids
 from .errors import StoreError
 from .levels import LevelTable, dither
+from .words import Words, gaps_of, join, running, split, starts
 
 _U32 = np.uint32
 _FIXED = 1 << 17  # steps per nat while entries are sorted
@@ -51,29 +46,28 @@ _RANK_BITS = 5  # of a member of a group
 
 @dataclass(frozen=True)
 class Precision:
-    """Constants of one precision."""
+    """Constants of one precision. Levels have 8 bits, of which nearly all need fewer."""
 
     table: LevelTable
+    certain: Words
     sampled_step: float
-    value_bits: int
-    word_planes: int  # 2 or 3
-
-    @property
-    def gap_bits(self) -> int:
-        """Bits of a gap that a sampled entry's word has."""
-        return 8 * self.word_planes - self.value_bits - 1
+    sampled: Words
 
     @property
     def flat_bit(self) -> int:
-        return 1 << (self.value_bits - 1)
+        return 1 << (self.sampled.value_bits - 1)
 
 
 PRECISIONS = {
-    "standard": Precision(LevelTable(1 / 24, 1.0, first=1), 3.0, 5, 2),
-    "high": Precision(LevelTable(1 / 100, 1 / 6, first=1), 0.5, 8, 3),
+    "standard": Precision(
+        LevelTable(1 / 24, 1.0, first=1), Words(5, 2, 3), 3.0, Words(5, 2, _RANK_BITS)
+    ),
+    "high": Precision(
+        LevelTable(1 / 100, 1 / 6, first=1), Words(7, 3, 1), 0.5, Words(8, 3, _RANK_BITS)
+    ),
 }
 # Plain top-k keeps many entries so small that a step of 2 nats does: 2.5 bytes less at k = 64.
-_FLOOR_TABLE = LevelTable(1 / 35, 2.0, first=1)
+_FLOOR_TABLE, _FLOOR_WORDS = LevelTable(1 / 35, 2.0, first=1), Words(6, 2, 2)
 
 
 def has_floor(attributes: Mapping[str, Any]) -> bool:
@@ -86,19 +80,16 @@ def level_table(precision: str, floor: bool) -> LevelTable:
     return _FLOOR_TABLE if floor and precision == "standard" else PRECISIONS[precision].table
 
 
-def gap_planes(largest: int) -> int:
-    """Bytes that a number up to ``largest`` takes."""
-    return max((largest.bit_length() + 7) // 8, 1)
+def _certain_words(precision: str, floor: bool) -> Words:
+    return _FLOOR_WORDS if floor and precision == "standard" else PRECISIONS[precision].certain
 
 
-def certain_planes(vocab_size: int) -> int:
-    return gap_planes(vocab_size - 1) + 1
+def certain_planes(vocab_size: int, precision: str, floor: bool) -> int:
+    return _certain_words(precision, floor).planes(vocab_size - 1)
 
 
 def sampled_planes(vocab_size: int, precision: str) -> int:
-    constants = PRECISIONS[precision]
-    rest = max((num_groups(vocab_size) - 1).bit_length() - constants.gap_bits, 0)
-    return constants.word_planes + (_RANK_BITS + rest + 7) // 8
+    return PRECISIONS[precision].sampled.planes(num_groups(vocab_size) - 1)
 
 
 @dataclass(frozen=True)
@@ -118,49 +109,6 @@ class Entries:
         part = slice(ends[positions.start], ends[positions.stop])
         flat = None if self.flat is None else self.flat[part]
         return Entries(self.count_P[positions], self.ids[part], self.logp[part], flat)
-
-
-def _split(values: np.ndarray, planes: np.ndarray) -> None:
-    """Write the bytes of values, lowest first, into rows of planes."""
-    for number, plane in enumerate(planes):
-        plane[:] = values >> _U32(8 * number) if number else values  # the cast keeps 8 bits
-
-
-def _join(planes: np.ndarray) -> np.ndarray:
-    """Undo _split; uint32 [E]."""
-    values = planes[0].astype(np.uint32)
-    for number, plane in enumerate(planes[1:], start=1):
-        if number < 2 or plane.any():
-            part = plane.astype(np.uint32)
-            part <<= _U32(8 * number)
-            values |= part
-    return values
-
-
-def _starts(count_P: np.ndarray) -> np.ndarray:
-    return count_P.cumsum() - count_P
-
-
-def _gaps(values: np.ndarray, count_P: np.ndarray, between: int) -> np.ndarray:
-    """Rising values of each position as gaps, ``between`` less than the difference."""
-    gaps = values.copy()
-    gaps[1:] -= values[:-1] + _U32(between)
-    first = _starts(count_P)[count_P > 0]
-    gaps[first] = values[first]
-    return gaps
-
-
-def _running(gaps: np.ndarray, count_P: np.ndarray, between: int) -> np.ndarray:
-    """Undo _gaps, in place."""
-    if between:
-        gaps += _U32(between)
-    sums = np.empty(len(gaps) + 1, np.uint32)
-    sums[0] = 0
-    np.cumsum(gaps, out=sums[1:])
-    before_P = sums.take(_starts(count_P))
-    if between:
-        before_P += _U32(between)
-    return np.subtract(sums[1:], np.repeat(before_P, count_P), out=gaps)
 
 
 def _sort(keys: np.ndarray, count_P: np.ndarray, bits: int) -> None:
@@ -193,9 +141,10 @@ def encode_certain(
     The first of a position's entries must be its top-1, which a reader finds as top1_P says.
     """
     count_P, table = entries.count_P, level_table(precision, floor)
+    words = _certain_words(precision, floor)
     levels = table.encode(entries.logp)
     has = count_P > 0
-    first = _starts(count_P)[has]
+    first = starts(count_P)[has]
     levels += table.logp.take(levels) > np.repeat(top1_P, count_P)  # no other one is larger
     logp = table.logp.take(levels)
     logp[first] = top1_P[has]
@@ -208,10 +157,10 @@ def encode_certain(
     keys <<= _U32(8)
     keys |= levels
     _sort(keys, count_P, 8 + (len(rank_of_id) - 1).bit_length())
-    planes = np.empty((certain_planes(len(rank_of_id)), len(keys)), np.uint8)
-    planes[-1] = keys
+    low = keys & _U32((1 << words.value_bits) - 1)
+    high = (keys & _U32(0xFF)) >> _U32(words.value_bits)
     keys >>= _U32(8)
-    _split(_gaps(keys, count_P, 1), planes[:-1])
+    planes = words.pack(low, gaps_of(keys, count_P, 1), high, len(rank_of_id) - 1)
     return planes, floor_P, logp
 
 
@@ -224,10 +173,13 @@ def decode_certain(
     precision: str,
 ) -> Entries:
     """Undo encode_certain. top1_P: float32, the top-1 entries' logp."""
-    ranks = _running(_join(planes[:-1]), count_P, 1)
+    words = _certain_words(precision, floor_P is not None)
+    levels, ranks, more, high = words.unpack(planes, len(id_of_rank) - 1)
+    running(ranks, count_P, 1)
     if len(ranks) and int(ranks.max()) >= len(id_of_rank):
         raise StoreError(f"a rank is {ranks.max()}, there are {len(id_of_rank)} token ids")
-    levels = planes[-1]
+    if high.max(initial=0):
+        levels[more] |= (high << _U32(words.value_bits)).astype(np.uint8)
     top = np.flatnonzero(levels == TOP)
     has = count_P > 0
     if len(top) != np.count_nonzero(has):
@@ -252,7 +204,7 @@ def encode_sampled(
     # One sort carries the values along, -logp as fixed point; gathering by an order takes longer.
     fixed = entries.logp * np.float32(-_FIXED)
     np.clip(fixed, 0, _FIXED * 64 - 1, out=fixed)
-    low = fixed.astype(np.uint32)
+    low = fixed.astype(np.int32).view(np.uint32)
     low <<= _U32(1)
     low |= entries.flat
     keys = np.repeat(np.arange(len(count_P), dtype=np.uint64) << np.uint64(44), count_P)
@@ -263,52 +215,33 @@ def encode_sampled(
     keys >>= np.uint64(24)
     places = keys.astype(np.uint32)
     places &= _U32((1 << 20) - 1)
-    level = (low >> _U32(1)).astype(np.float32)
+    level = (low >> _U32(1)).view(np.int32).astype(np.float32)
     level *= np.float32(1 / (_FIXED * constants.sampled_step))
     level += dither(len(level))
     np.rint(level, out=level)
     np.clip(level, 0, constants.flat_bit - 1, out=level)
-    word = level.astype(np.uint32)
+    value = level.astype(np.int32).view(np.uint32)  # a cast to uint32 takes three times as long
     low &= _U32(1)
-    low <<= _U32(constants.value_bits - 1)
-    word |= low
-    rare = places & _U32((1 << _RANK_BITS) - 1)
+    low <<= _U32(constants.sampled.value_bits - 1)
+    value |= low
+    ranks = places & _U32((1 << _RANK_BITS) - 1)
     places >>= _U32(_RANK_BITS)
-    gaps = _gaps(places, count_P, 0)
-    rare |= (gaps >> _U32(constants.gap_bits)) << _U32(_RANK_BITS)
-    more = rare != 0
-    gaps <<= _U32(1)
-    gaps |= more
-    gaps <<= _U32(constants.value_bits)
-    word |= gaps
-    planes = np.zeros((sampled_planes(vocab_size, precision), len(word)), np.uint8)
-    _split(word, planes[: constants.word_planes])
-    rare = rare[more]
-    _split(rare, planes[constants.word_planes :, : len(rare)])
-    return planes
+    gaps = gaps_of(places, count_P, 0)
+    return constants.sampled.pack(value, gaps, ranks, num_groups(vocab_size) - 1)
 
 
 def decode_sampled(
     planes: np.ndarray, count_P: np.ndarray, keys_P: np.ndarray, vocab_size: int, precision: str
 ) -> Entries:
     """Undo encode_sampled."""
-    constants = PRECISIONS[precision]
-    bits = constants.value_bits
-    groups = _join(planes[: constants.word_planes])
-    groups >>= _U32(bits + 1)
-    more = np.flatnonzero((planes[bits // 8] & np.uint8(1 << bits % 8)) != 0)
-    rare = _join(planes[constants.word_planes :, : len(more)])
-    rest = rare >> _U32(_RANK_BITS)
-    if rest.any():
-        groups[more] += rest << _U32(constants.gap_bits)
-        rare &= _U32((1 << _RANK_BITS) - 1)
-    _running(groups, count_P, 0)
+    constants, largest = PRECISIONS[precision], num_groups(vocab_size) - 1
+    value, groups, more, ranks = constants.sampled.unpack(planes, largest)
+    running(groups, count_P, 0)
     members = holders(keys_P, count_P, groups)
-    members[more] ^= rare
+    members[more] ^= ranks
     ids = join_ids(groups, members)
-    if len(ids) and (int(groups.max()) >= num_groups(vocab_size) or int(ids.max()) >= vocab_size):
+    if len(ids) and (int(groups.max()) > largest or int(ids.max()) >= vocab_size):
         raise StoreError(f"an id is {ids.max()}, there are {vocab_size} token ids")
-    value = planes[0] & np.uint8(2 * constants.flat_bit - 1)
     flat = value >= np.uint8(constants.flat_bit)
     value &= np.uint8(constants.flat_bit - 1)
     logp = value.astype(np.float32)
@@ -347,13 +280,13 @@ def inverse(id_of_rank: np.ndarray) -> np.ndarray:
 def encode_order(id_of_rank: np.ndarray) -> np.ndarray:
     """The order as byte planes of its differences modulo 2^24: uint8 [3, V]."""
     planes = np.empty((3, len(id_of_rank)), np.uint8)
-    _split(np.diff(id_of_rank, prepend=_U32(0)) & _U32(0xFFFFFF), planes)
+    split(np.diff(id_of_rank, prepend=_U32(0)) & _U32(0xFFFFFF), planes)
     return planes
 
 
 def decode_order(planes: np.ndarray) -> np.ndarray:
     """Undo encode_order. StoreError if it does not name each id once."""
-    id_of_rank = np.cumsum(_join(planes), dtype=np.uint32) & _U32(0xFFFFFF)
+    id_of_rank = np.cumsum(join(planes), dtype=np.uint32) & _U32(0xFFFFFF)
     seen = np.zeros(len(id_of_rank), bool)
     seen[id_of_rank[id_of_rank < len(seen)]] = True
     if not seen.all():

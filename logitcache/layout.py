@@ -69,7 +69,8 @@ def teacher_specs(
     rows, seq_len, vocab = manifest["rows"], manifest["seq_len"], manifest["vocab_size"]
     precision, sampled = attributes["precision"], attributes["estimator"] == "sampled"
     room, chunk = entries_per_row(attributes, seq_len)
-    fields = fields_width(manifest["temperatures"], has_floor(attributes)) * seq_len
+    floor = has_floor(attributes)
+    fields = fields_width(manifest["temperatures"], floor) * seq_len
     counts = "uint8" if attributes["max_entries"] < 256 else "uint16"
 
     def spec(array: str, planes: int, length: int, piece: int, dtype: str = "uint8") -> ArraySpec:
@@ -79,7 +80,7 @@ def teacher_specs(
     specs = {
         "count": spec("count", 1, (1 + sampled) * seq_len, (1 + sampled) * seq_len, counts),
         "fields": spec("fields", PLANES, fields, fields),
-        "certain": spec("certain", certain_planes(vocab), room, chunk),
+        "certain": spec("certain", certain_planes(vocab, precision, floor), room, chunk),
     }
     if sampled:
         specs["sampled"] = spec("sampled", sampled_planes(vocab, precision), room, chunk)

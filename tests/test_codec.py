@@ -35,6 +35,7 @@ from logitcache.fields import (
     top1_levels,
 )
 from logitcache.levels import FINE, LevelTable, dither
+from logitcache.words import Words
 
 GRID = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
 TABLES = [FINE, *(p.table for p in PRECISIONS.values()), level_table("standard", True)]
@@ -366,6 +367,39 @@ def test_planes_that_point_beyond_the_vocabulary_are_refused():
 
 @pytest.mark.parametrize("vocab_size", [1, 256, 257, 65536, 65537, 1 << 20])
 def test_planes_are_as_many_as_the_largest_id_needs(vocab_size):
-    assert (vocab_size - 1).bit_length() <= 8 * (codec.certain_planes(vocab_size) - 1)
     for precision in PRECISIONS:
         assert 3 <= codec.sampled_planes(vocab_size, precision) <= 4
+        for floor in (False, True):
+            assert 3 <= codec.certain_planes(vocab_size, precision, floor) <= 4
+
+
+@given(
+    seeds,
+    st.sampled_from(
+        [Words(5, 2, 5), Words(5, 2, 3), Words(6, 2, 2), Words(7, 3, 1), Words(8, 3, 5)]
+    ),
+    st.sampled_from([1, 255, 1023, 1024, 49151, (1 << 20) - 1]),
+)
+def test_words_come_back_whatever_is_in_them(seed, words, largest):
+    random = np.random.default_rng(seed)
+    number = 200
+    values = random.integers(0, 1 << words.value_bits, number, dtype=np.uint32)
+    gaps = random.integers(0, largest + 1, number, dtype=np.uint32)
+    extra = random.integers(0, 1 << words.extra_bits, number, dtype=np.uint32)
+    extra[random.random(number) < 0.7] = 0
+    planes = words.pack(values, gaps.copy(), extra, largest)
+    assert planes.shape == (words.planes(largest), number)
+    found, found_gaps, more, found_extra = words.unpack(planes, largest)
+    np.testing.assert_array_equal(found, values)
+    np.testing.assert_array_equal(found_gaps, gaps)
+    whole = np.zeros(number, np.uint32)
+    whole[more] = found_extra
+    np.testing.assert_array_equal(whole, extra)
+
+
+def test_an_extra_number_that_is_too_large_is_refused():
+    words = Words(5, 2, 5)
+    planes = words.pack(*(np.array([1], np.uint32) for _ in range(3)), 1023)
+    planes[-1, 0] = 32
+    with pytest.raises(StoreError, match="extra number is 32"):
+        words.unpack(planes, 1023)

@@ -51,6 +51,25 @@ def sampled_id(group: int, rank: int, seed: int, position: int) -> int:
     return group // 128 * 4096 + member // 8 * 1024 + group % 128 * 8 + member % 8
 
 
+def words(planes, bits: int, wide: int, largest: int):
+    """Give a function of the entry's number, to be called in order: value, gap, extra number."""
+    gap_bits = 8 * wide - bits - 1
+    rest_bits = max(largest.bit_length() - gap_bits, 0)
+    at_rare = 0
+
+    def read(at: int) -> tuple[int, int, int]:
+        nonlocal at_rare
+        word = sum(int(planes[p][at]) << 8 * p for p in range(wide))
+        rare = 0
+        if word >> bits & 1:
+            rare = sum(int(plane[at_rare]) << 8 * p for p, plane in enumerate(planes[wide:]))
+            at_rare += 1
+        gap = word >> bits + 1 | (rare & (1 << rest_bits) - 1) << gap_bits
+        return word & (1 << bits) - 1, gap, rare >> rest_bits
+
+    return read
+
+
 def read_row(store, name: str, row: int):
     """Per position: {id: (kind, logp)}, G by temperature, entropy, top-1 and gold logp."""
     root = zarr.open_group(str(store), mode="r", zarr_format=3, use_consolidated=False)
@@ -65,8 +84,13 @@ def read_row(store, name: str, row: int):
     head, low, high_bytes = group["fields"][row].astype(int).reshape(3, -1, manifest["seq_len"])
     certain = group["certain"][row].astype(int)
     sampled = group["sampled"][row].astype(int) if "sampled" in group else None
+    certain_bits, wide = (7, 3) if high else (6, 2) if floor else (5, 2)
+    largest = manifest["vocab_size"] - 1
+    certain_words = words(certain, certain_bits, wide, largest)
     bits, step, wide = (8, 0.5, 3) if high else (5, 3.0, 2)
-    at_certain = at_sampled = at_rare = 0
+    groups = largest // 4096 * 128 + min(largest % 4096 // 8, 127)
+    sampled_words = words(sampled, bits, wide, groups)
+    at_certain = at_sampled = 0
     positions = []
     for position in range(manifest["seq_len"]):
         column = head[:, position].tolist()
@@ -84,9 +108,9 @@ def read_row(store, name: str, row: int):
         entries, rank = {}, -1
         top1_logp = level_logp(top1, 1 / 128, 1 / 8, 0)
         for _ in range(count[0][position]):
-            gap = sum(int(certain[p][at_certain]) << 8 * p for p in range(len(certain) - 1))
+            value, gap, above = certain_words(at_certain)
             rank += gap + 1
-            level = int(certain[-1][at_certain])
+            level = value | above << certain_bits
             if level and floor:
                 level = column[3] - level + 1
             logp = level_logp(level, *table) if level else top1_logp
@@ -99,16 +123,10 @@ def read_row(store, name: str, row: int):
             top1_logp -= shift
         number = 0
         for _ in range(count[1][position] if sampled is not None else 0):
-            word = sum(int(sampled[p][at_sampled]) << 8 * p for p in range(wide))
-            rare = 0
-            if word >> bits & 1:
-                rare = sum(int(plane[at_rare]) << 8 * p for p, plane in enumerate(sampled[wide:]))
-                at_rare += 1
-            value = word & (1 << bits) - 1
-            number += word >> bits + 1 | rare >> 5 << 8 * wide - bits - 1
-            rank = rare & 31
+            value, gap, rank_in_group = sampled_words(at_sampled)
+            number += gap
             where = row * manifest["seq_len"] + position
-            token = sampled_id(number, rank, teacher["seed"], where)
+            token = sampled_id(number, rank_in_group, teacher["seed"], where)
             kind = "flat" if value >> bits - 1 else "tempered"
             level = value & (1 << bits - 1) - 1
             entries[token] = (kind, -step * (level - dither(at_sampled)))
