@@ -65,8 +65,15 @@ class Words:
         """Undo pack: values, uint8 [E]; gaps, uint32 [E]; which entries may have an extra number,
         and what it is, uint32."""
         bits, rest_bits = self.value_bits, self._rest_bits(largest)
-        gaps = join(planes[: self.word_planes])
-        gaps >>= _U32(bits + 1)
+        if self.word_planes == 2:  # half the memory until the last step
+            short = planes[1].astype(np.uint16)
+            short <<= np.uint16(8)
+            short |= planes[0].astype(np.uint16)
+            short >>= np.uint16(bits + 1)
+            gaps = short.astype(np.uint32)
+        else:
+            gaps = join(planes[: self.word_planes])
+            gaps >>= _U32(bits + 1)
         more = np.flatnonzero((planes[bits // 8] & np.uint8(1 << bits % 8)) != 0)
         extra = join(planes[self.word_planes :, : len(more)])
         if rest_bits:
