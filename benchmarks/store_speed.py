@@ -34,10 +34,11 @@ def decoding(reader: StoreReader) -> dict[str, float]:
     name, length = next(iter(reader.store.teachers)), reader.manifest["seq_len"]
     attributes = reader.store.teachers[name]
     files, order = reader._shards.get(name, 0)
-    planes = {array: files[array].read(0, length) for array in ("count", "fields")}
-    totals = planes["count"].sum(1, dtype=np.int64)
-    needed = {"count": length, "fields": length}
-    for array, total in zip(("certain", "sampled"), totals, strict=False):
+    planes = {array: files[array].read(0) for array in ("count", "fields")}
+    kinds = [kind for kind in ("certain", "sampled") if kind in files]
+    totals = planes["count"].reshape(len(kinds), -1).sum(1, dtype=np.int64)
+    needed: dict[str, int | None] = {"count": None, "fields": None}
+    for array, total in zip(kinds, totals, strict=True):
         planes[array] = files[array].read(0, int(total))
         needed[array] = int(total)
     grid = reader.manifest["temperatures"]

@@ -1,20 +1,15 @@
 """The transform before zarr's codecs: one row's supports as byte planes. No torch, no files.
 
 A row has L positions, each with certain and sampled entries (DESIGN section 5). Both kinds lie end
-to end, position by position, as byte planes of equal length, which zstd packs well:
+to end, position by position, as the byte planes of ``words``:
 
-* Certain entries, by rising rank of their id in the shard's frequency order: the planes of the gap
-  to the rank before (rank - rank before - 1; the first has its rank itself), lowest byte first,
-  then a level: 0 for the position's top-1 entry, whose logp is the field top1, else one of the
-  level table. With a floor (plain top-k) levels count from the position's last one down.
-* Sampled entries, by rising block of eight ids: the bytes, lowest first, of the word
-
-      value | (gap & m) << b | (gap >> (8 - b) & 255) << 8 | place << 16 | gap >> (16 - b) << 19
-
-  with gap = block - block before, place that of the id in its block, value of b bits = flat << b-1
-  | round(-logp / step + d), d the entry's dither, and m = 2^(8 - b) - 1. Bits are dealt out so that
-  no plane is so regular that zstd wastes matches on it. Precision "standard": b = 5, step 3, places
-  in the order of ``draws``. "high": b = 8, step 1/2, places those of the ids themselves.
+* Certain entries, by rising rank of their id in the shard's frequency order. Gap: that to the rank
+  before less 1. Value and extra number: low and high bits of a level, 0 for the position's top-1
+  entry, whose logp is the field top1, else one of the level table. With a floor (plain top-k)
+  levels count from the position's last one down.
+* Sampled entries, by rising group and rank (``draws``: rank 0 is the id that holds its group's
+  least number, nearly always the one that was drawn). Gap: that to the group before. Value: flat
+  << (b - 1) | round(-logp / step + d), d the entry's dither. Extra number: the rank.
   flat says that max(p, p^S) is p itself: the inclusion is p / threshold, and at T = 1 the target's
   share is the threshold, whatever was rounded. It is p^S / threshold elsewhere.
 
@@ -38,35 +33,41 @@ from typing import Any
 
 import numpy as np
 
-from .draws import BLOCK, from_order, to_order
+from .draws import holders, join_ids, num_groups, split_ids
 from .errors import StoreError
 from .levels import LevelTable, dither
+from .words import Words, gaps_of, join, running, split, starts
 
 _U32 = np.uint32
 _FIXED = 1 << 17  # steps per nat while entries are sorted
 TOP = 0  # the level that marks the top-1 entry
+_RANK_BITS = 5  # of a member of a group
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Constants of one precision. ordered: whether places in blocks are those of ``draws``."""
+    """Constants of one precision. Levels have 8 bits, of which nearly all need fewer."""
 
     table: LevelTable
+    certain: Words
     sampled_step: float
-    value_bits: int
-    ordered: bool
+    sampled: Words
 
     @property
     def flat_bit(self) -> int:
-        return 1 << (self.value_bits - 1)
+        return 1 << (self.sampled.value_bits - 1)
 
 
 PRECISIONS = {
-    "standard": Precision(LevelTable(1 / 24, 1.0, first=1), 3.0, 5, True),
-    "high": Precision(LevelTable(1 / 100, 1 / 6, first=1), 0.5, 8, False),
+    "standard": Precision(
+        LevelTable(1 / 24, 1.0, first=1), Words(5, 2, 3), 3.0, Words(5, 2, _RANK_BITS)
+    ),
+    "high": Precision(
+        LevelTable(1 / 100, 1 / 6, first=1), Words(7, 3, 1), 0.5, Words(8, 3, _RANK_BITS)
+    ),
 }
 # Plain top-k keeps many entries so small that a step of 2 nats does: 2.5 bytes less at k = 64.
-_FLOOR_TABLE = LevelTable(1 / 35, 2.0, first=1)
+_FLOOR_TABLE, _FLOOR_WORDS = LevelTable(1 / 35, 2.0, first=1), Words(6, 2, 2)
 
 
 def has_floor(attributes: Mapping[str, Any]) -> bool:
@@ -79,19 +80,16 @@ def level_table(precision: str, floor: bool) -> LevelTable:
     return _FLOOR_TABLE if floor and precision == "standard" else PRECISIONS[precision].table
 
 
-def gap_planes(largest: int) -> int:
-    """Bytes that a number up to ``largest`` takes."""
-    return max((largest.bit_length() + 7) // 8, 1)
+def _certain_words(precision: str, floor: bool) -> Words:
+    return _FLOOR_WORDS if floor and precision == "standard" else PRECISIONS[precision].certain
 
 
-def certain_planes(vocab_size: int) -> int:
-    return gap_planes(vocab_size - 1) + 1
+def certain_planes(vocab_size: int, precision: str, floor: bool) -> int:
+    return _certain_words(precision, floor).planes(vocab_size - 1)
 
 
 def sampled_planes(vocab_size: int, precision: str) -> int:
-    gap_bits = ((vocab_size - 1) // BLOCK).bit_length()
-    high_bits = max(gap_bits - (16 - PRECISIONS[precision].value_bits), 0)
-    return 2 + (3 + high_bits + 7) // 8
+    return PRECISIONS[precision].sampled.planes(num_groups(vocab_size) - 1)
 
 
 @dataclass(frozen=True)
@@ -113,57 +111,25 @@ class Entries:
         return Entries(self.count_P[positions], self.ids[part], self.logp[part], flat)
 
 
-def _split(values: np.ndarray, planes: np.ndarray) -> None:
-    """Write the bytes of values, lowest first, into rows of planes."""
-    for number, plane in enumerate(planes):
-        plane[:] = (values >> _U32(8 * number)) & _U32(0xFF)
+def _sort(keys: np.ndarray, count_P: np.ndarray, bits: int) -> None:
+    """Sort the keys (uint32, below 2^bits) within each position, in place.
 
-
-def _join(planes: np.ndarray) -> np.ndarray:
-    """Undo _split; uint32 [E]."""
-    values = planes[0].astype(np.uint32)
-    for number, plane in enumerate(planes[1:], start=1):
-        if number < 2 or plane.any():
-            part = plane.astype(np.uint32)
-            part <<= _U32(8 * number)
-            values |= part
-    return values
-
-
-def _starts(count_P: np.ndarray) -> np.ndarray:
-    return count_P.cumsum() - count_P
-
-
-def _gaps(values: np.ndarray, count_P: np.ndarray, between: int) -> np.ndarray:
-    """Rising values of each position as gaps, ``between`` less than the difference."""
-    gaps = values.copy()
-    gaps[1:] -= values[:-1] + _U32(between)
-    first = _starts(count_P)[count_P > 0]
-    gaps[first] = values[first]
-    return gaps
-
-
-def _running(gaps: np.ndarray, count_P: np.ndarray, between: int) -> np.ndarray:
-    """Undo _gaps, in place."""
-    if between:
-        gaps += _U32(between)
-    np.cumsum(gaps, out=gaps)
+    A few positions at a time, as many as their numbers fit above the keys: small sorts of words of
+    32 bits are four times as fast as one of 64 bits.
+    """
+    step = 1 << 32 - bits
+    own = np.arange(min(step, len(count_P)), dtype=np.uint32)
+    own <<= _U32(bits)
     ends = count_P.cumsum()
-    before_P = np.zeros(len(count_P), np.uint32)
-    if len(gaps):
-        before_P[1:] = np.where(ends[:-1] > 0, gaps[np.maximum(ends[:-1], 1) - 1], 0)
-    if between:
-        before_P += _U32(between)
-    gaps -= np.repeat(before_P, count_P)
-    return gaps
-
-
-def _sorted(keys: np.ndarray, count_P: np.ndarray) -> np.ndarray:
-    """Sort the keys (uint32) within each position."""
-    positions = np.repeat(np.arange(len(count_P), dtype=np.uint64), count_P)
-    whole = (positions << np.uint64(32)) | keys
-    whole.sort()
-    return whole.astype(np.uint32)
+    start = 0
+    for first in range(0, len(count_P), step):
+        counts = count_P[first : first + step]
+        stop = int(ends[first + len(counts) - 1])
+        part = keys[start:stop]
+        part |= np.repeat(own[: len(counts)], counts)
+        part.sort()
+        start = stop
+    keys &= _U32((1 << bits) - 1)
 
 
 def encode_certain(
@@ -175,9 +141,10 @@ def encode_certain(
     The first of a position's entries must be its top-1, which a reader finds as top1_P says.
     """
     count_P, table = entries.count_P, level_table(precision, floor)
+    words = _certain_words(precision, floor)
     levels = table.encode(entries.logp)
     has = count_P > 0
-    first = _starts(count_P)[has]
+    first = starts(count_P)[has]
     levels += table.logp.take(levels) > np.repeat(top1_P, count_P)  # no other one is larger
     logp = table.logp.take(levels)
     logp[first] = top1_P[has]
@@ -186,10 +153,14 @@ def encode_certain(
     if floor and len(levels):
         floor_P[has] = np.maximum.reduceat(levels, first)
         levels = np.where(levels == TOP, TOP, np.repeat(floor_P, count_P) - levels + 1)
-    keys = _sorted((rank_of_id[entries.ids] << _U32(8)) | levels, count_P)
-    planes = np.empty((certain_planes(len(rank_of_id)), len(keys)), np.uint8)
-    planes[-1] = keys & _U32(0xFF)
-    _split(_gaps(keys >> _U32(8), count_P, 1), planes[:-1])
+    keys = rank_of_id.take(entries.ids)
+    keys <<= _U32(8)
+    keys |= levels
+    _sort(keys, count_P, 8 + (len(rank_of_id) - 1).bit_length())
+    low = keys & _U32((1 << words.value_bits) - 1)
+    high = (keys & _U32(0xFF)) >> _U32(words.value_bits)
+    keys >>= _U32(8)
+    planes = words.pack(low, gaps_of(keys, count_P, 1), high, len(rank_of_id) - 1)
     return planes, floor_P, logp
 
 
@@ -202,10 +173,13 @@ def decode_certain(
     precision: str,
 ) -> Entries:
     """Undo encode_certain. top1_P: float32, the top-1 entries' logp."""
-    ranks = _running(_join(planes[:-1]), count_P, 1)
+    words = _certain_words(precision, floor_P is not None)
+    levels, ranks, more, high = words.unpack(planes, len(id_of_rank) - 1)
+    running(ranks, count_P, 1)
     if len(ranks) and int(ranks.max()) >= len(id_of_rank):
         raise StoreError(f"a rank is {ranks.max()}, there are {len(id_of_rank)} token ids")
-    levels = planes[-1]
+    if high.max(initial=0):
+        levels[more] |= (high << _U32(words.value_bits)).astype(np.uint8)
     top = np.flatnonzero(levels == TOP)
     has = count_P > 0
     if len(top) != np.count_nonzero(has):
@@ -223,57 +197,54 @@ def encode_sampled(
     """Give the planes, uint8 [planes, E]. keys_P: of ``draws.position_keys``."""
     constants, count_P = PRECISIONS[precision], entries.count_P
     assert entries.flat is not None
-    places = entries.ids
-    if constants.ordered:
-        places = to_order(np.repeat(keys_P, count_P), entries.ids)
+    places, members = split_ids(entries.ids)
+    members ^= holders(keys_P, count_P, places)
+    places <<= _U32(_RANK_BITS)
+    places |= members
     # One sort carries the values along, -logp as fixed point; gathering by an order takes longer.
-    fixed = np.clip(entries.logp * np.float32(-_FIXED), 0, _FIXED * 64 - 1).astype(np.uint64)
-    keys = np.repeat(np.arange(len(count_P), dtype=np.uint64), count_P) << np.uint64(44)
+    fixed = entries.logp * np.float32(-_FIXED)
+    np.clip(fixed, 0, _FIXED * 64 - 1, out=fixed)
+    low = fixed.astype(np.int32).view(np.uint32)
+    low <<= _U32(1)
+    low |= entries.flat
+    keys = np.repeat(np.arange(len(count_P), dtype=np.uint64) << np.uint64(44), count_P)
     keys |= places.astype(np.uint64) << np.uint64(24)
-    keys |= (fixed << np.uint64(1)) | entries.flat
+    keys |= low
     keys.sort()
-    places = (keys >> np.uint64(24)).astype(np.uint32) & _U32((1 << 20) - 1)
     low = keys.astype(np.uint32) & _U32((1 << 24) - 1)
-    level = (low >> _U32(1)).astype(np.float32) / np.float32(_FIXED * constants.sampled_step)
+    keys >>= np.uint64(24)
+    places = keys.astype(np.uint32)
+    places &= _U32((1 << 20) - 1)
+    level = (low >> _U32(1)).view(np.int32).astype(np.float32)
+    level *= np.float32(1 / (_FIXED * constants.sampled_step))
     level += dither(len(level))
-    value = np.clip(np.rint(level), 0, constants.flat_bit - 1).astype(np.uint32)
-    value |= (low & _U32(1)) << _U32(constants.value_bits - 1)
-    gaps, bits = _gaps(places >> _U32(3), count_P, 0), constants.value_bits
-    value |= (gaps << _U32(bits)) & _U32(0xFF)
-    value |= ((gaps >> _U32(8 - bits)) & _U32(0xFF)) << _U32(8)
-    value |= (places & _U32(BLOCK - 1)) << _U32(16)
-    value |= (gaps >> _U32(16 - bits)) << _U32(19)
-    planes = np.empty((sampled_planes(vocab_size, precision), len(value)), np.uint8)
-    _split(value, planes)
-    return planes
+    np.rint(level, out=level)
+    np.clip(level, 0, constants.flat_bit - 1, out=level)
+    value = level.astype(np.int32).view(np.uint32)  # a cast to uint32 takes three times as long
+    low &= _U32(1)
+    low <<= _U32(constants.sampled.value_bits - 1)
+    value |= low
+    ranks = places & _U32((1 << _RANK_BITS) - 1)
+    places >>= _U32(_RANK_BITS)
+    gaps = gaps_of(places, count_P, 0)
+    return constants.sampled.pack(value, gaps, ranks, num_groups(vocab_size) - 1)
 
 
 def decode_sampled(
     planes: np.ndarray, count_P: np.ndarray, keys_P: np.ndarray, vocab_size: int, precision: str
 ) -> Entries:
     """Undo encode_sampled."""
-    constants = PRECISIONS[precision]
-    word, bits = _join(planes), constants.value_bits
-    blocks = word >> _U32(8)
-    blocks &= _U32(0xFF)
-    blocks <<= _U32(8 - bits)
-    low = planes[0] >> np.uint8(bits) if bits < 8 else None
-    if low is not None:
-        blocks |= low
-    high = word >> _U32(19)
-    if high.any():
-        blocks |= high << _U32(16 - bits)
-    _running(blocks, count_P, 0)
-    word >>= _U32(16)
-    word &= _U32(BLOCK - 1)
-    if constants.ordered:
-        ids = from_order(np.repeat(keys_P, count_P), blocks, word)
-    else:
-        ids = blocks << _U32(3) | word
-    if len(ids) and int(ids.max()) >= vocab_size:
+    constants, largest = PRECISIONS[precision], num_groups(vocab_size) - 1
+    value, groups, more, ranks = constants.sampled.unpack(planes, largest)
+    running(groups, count_P, 0)
+    members = holders(keys_P, count_P, groups)
+    members[more] ^= ranks
+    ids = join_ids(groups, members)
+    if len(ids) and (int(groups.max()) > largest or int(ids.max()) >= vocab_size):
         raise StoreError(f"an id is {ids.max()}, there are {vocab_size} token ids")
-    flat = (planes[0] & np.uint8(constants.flat_bit)).astype(bool)
-    logp = (planes[0] & np.uint8(constants.flat_bit - 1)).astype(np.float32)
+    flat = value >= np.uint8(constants.flat_bit)
+    value &= np.uint8(constants.flat_bit - 1)
+    logp = value.astype(np.float32)
     logp -= dither(len(logp))
     logp *= np.float32(-constants.sampled_step)
     return Entries(count_P, ids, logp, flat)
@@ -291,7 +262,10 @@ def frequency_order(ids: np.ndarray, vocab_size: int, length: int) -> np.ndarray
     uint32 [V]. Ties go to the lower id.
     """
     counts = np.bincount(ids, minlength=vocab_size)
-    frequent = np.argsort(-counts, kind="stable")[:length]
+    keys = (len(ids) - counts) << 20  # a sort of numbers is five times as fast as one of an order
+    keys |= np.arange(vocab_size)
+    keys.sort()
+    frequent = keys[:length] & ((1 << 20) - 1)
     others = np.ones(vocab_size, bool)
     others[frequent] = False
     return np.concatenate((frequent, np.flatnonzero(others))).astype(np.uint32)
@@ -306,13 +280,13 @@ def inverse(id_of_rank: np.ndarray) -> np.ndarray:
 def encode_order(id_of_rank: np.ndarray) -> np.ndarray:
     """The order as byte planes of its differences modulo 2^24: uint8 [3, V]."""
     planes = np.empty((3, len(id_of_rank)), np.uint8)
-    _split(np.diff(id_of_rank, prepend=_U32(0)) & _U32(0xFFFFFF), planes)
+    split(np.diff(id_of_rank, prepend=_U32(0)) & _U32(0xFFFFFF), planes)
     return planes
 
 
 def decode_order(planes: np.ndarray) -> np.ndarray:
     """Undo encode_order. StoreError if it does not name each id once."""
-    id_of_rank = np.cumsum(_join(planes), dtype=np.uint32) & _U32(0xFFFFFF)
+    id_of_rank = np.cumsum(join(planes), dtype=np.uint32) & _U32(0xFFFFFF)
     seen = np.zeros(len(id_of_rank), bool)
     seen[id_of_rank[id_of_rank < len(seen)]] = True
     if not seen.all():

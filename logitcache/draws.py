@@ -1,94 +1,91 @@
-"""The numbers that decided which entries were sampled, in numpy: the same as the capture's.
+"""Which id of a group holds its least number, in numpy: the same as the capture's. No torch.
 
-``capture`` keeps an entry where u(seed, position, id) is below its inclusion. A reader can compute
-u too: among the eight ids of a block the kept one is nearly always that with the smallest u, which
-need not be written down. So the codec numbers the ids of a block in the order of u. Only the high
-16 bits of u are used; ties go to the lower id. The codec is exact whatever the numbers are; they
-only make it small.
+``capture`` keeps an entry where u(seed, position, id) is below its inclusion. Ids come in groups of
+32, and the id that holds the least u of its group, the holder, is drawn without regard to u itself
+(logitcache_kernels.uniform). A sampled id is nearly always the holder of its group, which a reader
+can compute: so the codec names ids by their group and a rank, which is 0 for the holder:
 
-    u16(id) = half (id mod 2) of mix(key + (id // 2) * 0x9E3779B9)
+    group  = id // 4096 * 128 + id // 8 % 128
+    member = id // 1024 % 4 * 8 + id % 8
+    holder = upper 5 bits of mix(key - (group + 1) * 0x85EBCA6B)
+    rank   = member xor holder
+
+That is a bijection whatever the numbers are; they only make ranks small.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-BLOCK = 8  # ids
-_PAIR_STEP = 0x9E3779B9
+GROUP_SIZE = 32  # ids
+_GROUP_STEP, _ID_STEP = 0x9E3779B9, 0x85EBCA6B
+_KEY1_SALT = 0x2545F491
 _U32 = np.uint32
-_STRIDE = 1 << 15  # entries at a time, for a bounded memory
 
 
-def mix(x: np.ndarray) -> np.ndarray:
-    """Scramble 32-bit words (lowbias32 of C. Wellons' hash prospector, public domain)."""
-    x = x ^ (x >> _U32(16))
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Scramble 32-bit words, in place (lowbias32 of C. Wellons' hash prospector, public domain)."""
+    spare = x >> _U32(16)
+    x ^= spare
     x *= _U32(0x7FEB352D)
-    x ^= x >> _U32(15)
+    np.right_shift(x, _U32(15), out=spare)
+    x ^= spare
     x *= _U32(0x846CA68B)
-    x ^= x >> _U32(16)
+    np.right_shift(x, _U32(16), out=spare)
+    x ^= spare
     return x
 
 
 def position_keys(seed: int, positions: np.ndarray) -> np.ndarray:
-    """One key per position, uint32; positions: int64, row * seq_len + token."""
-    low = (positions & 0xFFFFFFFF).astype(np.uint32)
-    high = (positions >> 32).astype(np.uint32)
-    start = mix(np.array([(seed & 0xFFFFFFFF) ^ _PAIR_STEP], np.uint32)) ^ _U32(seed >> 32)
-    return mix(mix(mix(start) ^ low) ^ high)
+    """The key of holders at each position, uint32; positions: int64, row * seq_len + token."""
+    low = positions.astype(np.uint32)
+    start = _mix(np.array([(seed & 0xFFFFFFFF) ^ _GROUP_STEP], np.uint32))
+    start ^= _U32(seed >> 32)
+    key = _mix(_mix(start) ^ low)
+    key ^= (positions >> 32).astype(np.uint32)
+    key = _mix(key)
+    key ^= low
+    key ^= _U32(_KEY1_SALT)
+    return _mix(key)
 
 
-def _ordered(keys: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """u16 << 16 | number in block of the eight ids of each block, uint32 [8, n]."""
-    word = blocks * _U32(BLOCK // 2 * _PAIR_STEP & 0xFFFFFFFF)
-    word += keys
-    ordered = np.empty((BLOCK, len(blocks)), np.uint32)
-    spare = np.empty_like(word)
-    for pair in range(BLOCK // 2):
-        even, odd = ordered[2 * pair], ordered[2 * pair + 1]
-        np.right_shift(word, 16, out=odd)  # mix, without new arrays
-        odd ^= word
-        odd *= _U32(0x7FEB352D)
-        np.right_shift(odd, 15, out=spare)
-        odd ^= spare
-        odd *= _U32(0x846CA68B)
-        np.right_shift(odd, 16, out=spare)
-        odd ^= spare
-        np.left_shift(odd, 16, out=even)
-        even |= _U32(2 * pair)
-        odd &= _U32(0xFFFF0000)
-        odd |= _U32(2 * pair + 1)
-        word += _U32(_PAIR_STEP)
-    return ordered
+def num_groups(vocab_size: int) -> int:
+    """Groups that the ids below vocab_size are in."""
+    return (vocab_size - 1 >> 12) * 128 + min((vocab_size - 1) % 4096 // 8, 127) + 1
 
 
-def to_order(keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Replace each id's place in its block by its place in the order of u. ids: uint32."""
-    ordered = _ordered(keys, ids >> _U32(3))
-    own = np.take_along_axis(ordered, (ids & _U32(7)).astype(np.int64)[None], axis=0)
-    return (ids & ~_U32(7)) | (ordered < own).sum(0, dtype=np.uint32)
+def holders(keys_P: np.ndarray, count_P: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Holders of count_P[p] groups at each position, uint32 [E]."""
+    # Bytes of memory are what this costs: two arrays, used again and again.
+    word = np.repeat(keys_P - _U32(_ID_STEP), count_P)
+    spare = groups * _U32(_ID_STEP)
+    word -= spare
+    np.right_shift(word, _U32(16), out=spare)
+    word ^= spare
+    word *= _U32(0x7FEB352D)
+    np.right_shift(word, _U32(15), out=spare)
+    word ^= spare
+    word *= _U32(0x846CA68B)
+    word >>= _U32(27)  # the mixer's last shift changes lower bits only
+    return word
 
 
-def from_order(keys: np.ndarray, blocks: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Undo to_order: ids of the order-th smallest u in each block. uint32."""
-    ids = np.empty(len(blocks), np.uint32)
-    for start in range(0, len(blocks), _STRIDE):
-        part = slice(start, start + _STRIDE)
-        ordered = _ordered(keys[part], blocks[part])
-        best = ids[part]
-        np.minimum(ordered[0], ordered[1], out=best)
-        for row in ordered[2:]:
-            np.minimum(best, row, out=best)
-        later = np.flatnonzero(order[part] != 0)  # some 4 % of the entries
-        if len(later):
-            several = ordered[:, later]
-            wanted = order[part][later]
-            # Nearly all of them want the second: the smallest of what is larger than the first.
-            rest = np.where(several > best[later], several, _U32(0xFFFFFFFF)).min(0)
-            third = np.flatnonzero(wanted > 1)
-            if len(third):
-                places = wanted[third], np.arange(len(third))
-                rest[third] = np.sort(several[:, third], axis=0)[places]
-            best[later] = rest
-    ids &= _U32(7)
-    ids |= blocks << _U32(3)
+def split_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Group and member of each id, uint32."""
+    groups = (ids >> _U32(12)) << _U32(7)
+    groups |= (ids >> _U32(3)) & _U32(127)
+    members = (ids >> _U32(7)) & _U32(24)
+    members |= ids & _U32(7)
+    return groups, members
+
+
+def join_ids(groups: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Undo split_ids; uint32."""
+    ids = groups >> _U32(7)
+    ids *= _U32(4096 - 128 * 8)
+    spare = groups << _U32(3)
+    ids += spare
+    np.multiply(members, _U32(129), out=spare)  # c at bit 0, b at bit 10
+    spare &= _U32(0xC07)
+    ids |= spare
     return ids

@@ -6,7 +6,10 @@
     floor    level that the certain entries count down from, see ``codec`` (plain top-k only)
     G(T)     round(G / step + d) minus what earlier ones predict, d the position's dither, as a
              sign-last number (0, -1, 1, -2, ... as 0, 1, 2, 3, ...), plus 1; 0 is minus infinity,
-             an empty tail. Low and high byte are a field each, the latter nearly always 0.
+             an empty tail. The high byte is nearly always 0.
+
+They lie in three planes, each as wide as T (at least three or four) fields of P positions, end to
+end, zeros after them: the first four above; the tails' low bytes; their high bytes.
 
 Error bounds: top-1 and gold as in ``levels``; entropy 1/32 nat up to 15.9 nats; G(1) half its step,
 and above T = 1 half a step of F (see encode_fields).
@@ -16,6 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -48,22 +53,28 @@ _CHAIN = (
 )
 
 
-def tail_steps(temperatures: Sequence[float], precision: str) -> tuple[TailStep, ...]:
-    """The steps of a grid of temperatures, in the order in which they are predicted."""
+@cache
+def _chain(temperatures: tuple[float, ...], precision: str) -> tuple[TailStep, ...]:
     finer = 1 if precision == "standard" else 4
-    if {step.temperature for step in _CHAIN} != {float(t) for t in temperatures}:
-        return tuple(TailStep(float(t), 64 * finer) for t in temperatures)
+    if {step.temperature for step in _CHAIN} != set(temperatures):
+        return tuple(TailStep(t, 64 * finer) for t in temperatures)
     return tuple(
         TailStep(step.temperature, step.per_nat * finer, step.weights, step.constant * finer)
         for step in _CHAIN
     )
 
 
-def field_names(steps: Sequence[TailStep], floor: bool) -> list[str]:
-    """Names of the fields in their order in a store."""
-    names = ["top1", "gold", "entropy", *(["floor"] if floor else [])]
-    tails = [f"tail_{step.temperature:g}" for step in steps]
-    return names + tails + [f"{tail}_high" for tail in tails]
+def tail_steps(temperatures: Sequence[float], precision: str) -> tuple[TailStep, ...]:
+    """The steps of a grid of temperatures, in the order in which they are predicted."""
+    return _chain(tuple(float(t) for t in temperatures), precision)
+
+
+PLANES = 3
+
+
+def fields_width(temperatures: Sequence[float], floor: bool) -> int:
+    """How many fields a plane has room for."""
+    return max(len(temperatures), 4 if floor else 3)
 
 
 @dataclass(frozen=True)
@@ -87,14 +98,33 @@ class CertainLogp:
     exact: np.ndarray
     found: np.ndarray
 
-    def sums(self, logp: np.ndarray, temperature: float) -> np.ndarray:
-        """Sum of exp(logp / temperature) at each position, 0 where there are none."""
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum of the entries' values at each position, 0 where there are none."""
         total_P = np.zeros(len(self.count_P), np.float32)
         has = self.count_P > 0
-        if len(logp):
+        if len(values):
             starts = (self.count_P.cumsum() - self.count_P)[has]
-            total_P[has] = np.add.reduceat(np.exp(logp * np.float32(1 / temperature)), starts)
+            total_P[has] = np.add.reduceat(values, starts)
         return total_P
+
+    def missing(self, shift_P: np.ndarray, temperatures: Sequence[float]) -> dict[float, Any]:
+        """By temperature: sum of exp(exact / T) less that of what a reader finds, float32 [P].
+
+        shift_P: what a reader takes off the entries' logp.
+        """
+        found = self.found - np.repeat(shift_P, self.count_P)
+        powers: dict[float, tuple[np.ndarray, np.ndarray]] = {}
+        out = {}
+        for temperature in sorted(temperatures, reverse=True):
+            double = powers.get(2 * temperature)
+            if double is not None:  # a square costs a fifth of an exp
+                pair = double[0] * double[0], double[1] * double[1]
+            else:
+                inverse = np.float32(1 / temperature)
+                pair = np.exp(self.exact * inverse), np.exp(found * inverse)
+            powers[temperature] = pair
+            out[temperature] = self.sums(pair[0] - pair[1])
+        return out
 
 
 def top1_levels(top1_P: np.ndarray, kept_P: np.ndarray) -> np.ndarray:
@@ -109,51 +139,71 @@ def encode_fields(
     temperatures: Sequence[float],
     precision: str,
 ) -> np.ndarray:
-    """Give uint8 [fields, P], zero where nothing is kept.
+    """Give uint8 [3, width, P], zero where nothing is kept.
 
     Above T = 1 the stored G also makes up for the rounding of the certain entries, as far as that
     is less than half of the tail: so F(T), which is what G is for, is right to a step.
     """
     kept_P = certain.count_P > 0
     steps = tail_steps(temperatures, precision)
-    names = field_names(steps, floor_P is not None)
-    out = np.zeros((len(names), len(kept_P)), np.uint8)
-    out[0] = top1 = top1_levels(fields.top1_P, kept_P)
+    out = np.zeros((PLANES, fields_width(temperatures, floor_P is not None), len(kept_P)), np.uint8)
+    head, low, high = out
+    head[0] = top1 = top1_levels(fields.top1_P, kept_P)
     gold = np.minimum(FINE.encode(np.nan_to_num(fields.gold_P, nan=0.0)), ABSENT - 1)
-    out[1] = np.where(np.isnan(fields.gold_P), ABSENT, gold) - top1
+    head[1] = np.where(np.isnan(fields.gold_P), ABSENT, gold) - top1
     entropy = np.rint(np.clip(np.nan_to_num(fields.entropy_P), 0, 15.9) * ENTROPY_STEPS)
-    out[2] = entropy.astype(np.uint8) - _three_quarters(top1)
+    head[2] = entropy.astype(np.uint8) - _three_quarters(top1)
     if floor_P is not None:
-        out[3] = floor_P
-    known: dict[float, np.ndarray] = {}
+        head[3] = floor_P
+    rows = [list(temperatures).index(step.temperature) for step in steps]
+    tail_TP = np.ascontiguousarray(fields.tail_PT.T[rows], np.float32)  # in the chain's order
+    empty: np.ndarray = np.logical_not(np.isfinite(tail_TP).all(axis=0))
+    tail_TP[:, empty] = 0
     noise = dither(len(kept_P))
-    empty = ~np.isfinite(fields.tail_PT).all(1)
-    shift_P: np.ndarray | None = None
-    for step in steps:
-        temperature = step.temperature
-        tail = fields.tail_PT[:, list(temperatures).index(temperature)]
-        tail = np.where(empty, np.float32(0), tail)
-        if shift_P is not None and temperature > 1:
-            shift = shift_P / np.float32(temperature)
-            missing = certain.sums(certain.exact, temperature)
-            missing -= certain.sums(certain.found, temperature) * np.exp(-shift)
-            tail = tail + shift + np.log1p(np.clip(missing * np.exp(-tail), -0.5, 0.5))
-        q = np.rint(tail * np.float32(step.per_nat) + noise)
-        q = np.clip(q, -_G_MOST, _G_MOST).astype(np.int32)
-        q[empty] = 0
-        known[temperature] = q
-        if temperature == 1:
-            found = np.where(empty, 0, np.exp((q - noise) / np.float32(step.per_nat)))
-            total_P = certain.sums(certain.found, 1.0) + found
-            shift_P = np.log(total_P, where=kept_P, out=np.zeros_like(total_P))
-        left = q - _predicted(step, known)
-        code = np.clip(np.where(left < 0, -2 * left - 1, 2 * left) + 1, 1, 65535)
-        code = np.where(empty, 0, code)
-        name = f"tail_{temperature:g}"
-        out[names.index(name)] = code & 255
-        out[names.index(f"{name}_high")] = code >> 8
-    out[:, ~kept_P] = 0
+    _make_up(tail_TP, steps, certain, kept_P, empty)
+    tail_TP *= np.array([[step.per_nat] for step in steps], np.float32)
+    tail_TP += noise
+    np.rint(tail_TP, out=tail_TP)
+    np.clip(tail_TP, -_G_MOST, _G_MOST, out=tail_TP)
+    q_TP = tail_TP.astype(np.int32)
+    q_TP[:, empty] = 0
+    known = {step.temperature: q for step, q in zip(steps, q_TP, strict=True)}
+    left_TP = np.stack([q - _predicted(step, known) for step, q in zip(steps, q_TP, strict=True)])
+    code_TP = (left_TP << 1) ^ (left_TP >> 31)  # 0, -1, 1, ... as 0, 1, 2, ...
+    code_TP += 1
+    np.clip(code_TP, 1, 65535, out=code_TP)
+    code_TP[:, empty] = 0
+    low[: len(steps)] = code_TP
+    high[: len(steps)] = code_TP >> 8
+    out[:, :, ~kept_P] = 0
     return out
+
+
+def _make_up(
+    tail_TP: np.ndarray,
+    steps: Sequence[TailStep],
+    certain: CertainLogp,
+    kept_P: np.ndarray,
+    empty_P: np.ndarray,
+) -> None:
+    """Change G above T = 1, in place, by what the certain entries lose in rounding."""
+    chain = [step.temperature for step in steps]
+    above = [t for t in chain if t > 1]
+    if not above:
+        return
+    one = chain.index(1.0)
+    per_nat, noise = np.float32(steps[one].per_nat), dither(len(kept_P))
+    q = np.clip(np.rint(tail_TP[one] * per_nat + noise), -_G_MOST, _G_MOST)
+    found = np.exp((q - noise) / per_nat)
+    found[empty_P] = 0
+    found += certain.sums(np.exp(certain.found))
+    shift_P = np.log(found, where=kept_P, out=np.zeros_like(found))
+    missing = certain.missing(shift_P, above)
+    for tail, temperature in zip(tail_TP, chain, strict=True):
+        if temperature > 1:
+            share = missing[temperature] * np.exp(np.minimum(-tail, np.float32(80)))
+            np.clip(share, -0.5, 0.5, out=share)
+            tail += shift_P * np.float32(1 / temperature) + np.log(share + np.float32(1))
 
 
 def decode_fields(
@@ -162,30 +212,35 @@ def decode_fields(
     """Undo encode_fields; also the floors, if there are any. What is not kept decodes to numbers
     without meaning, and an empty tail."""
     steps = tail_steps(temperatures, precision)
-    names = field_names(steps, floor)
-    top1, gold = out[0], out[1] + out[0]
+    head, low, high = out
+    top1, gold = head[0], head[1] + head[0]
     gold_P = np.where(gold == ABSENT, np.float32(np.nan), FINE.logp.take(gold))
-    entropy_P = (out[2] + _three_quarters(top1)).astype(np.float32) / np.float32(ENTROPY_STEPS)
-    tail_PT = np.empty((out.shape[1], len(temperatures)), np.float32)
+    entropy_P = (head[2] + _three_quarters(top1)).astype(np.float32) / np.float32(ENTROPY_STEPS)
+    # G of all temperatures at once, but for the predictions: small arrays cost by the call.
+    code_TP = low[: len(steps)].astype(np.uint16)
+    if high.any():
+        code_TP |= high[: len(steps)].astype(np.uint16) << np.uint16(8)
+    empty_TP = code_TP == 0
+    code_TP -= np.uint16(1)
+    half_TP = (code_TP >> np.uint16(1)).view(np.int16)
+    code_TP &= np.uint16(1)
+    half_TP ^= -code_TP.view(np.int16)
+    q_TP = half_TP.astype(np.int32)
+    no_tail = bool(empty_TP.any())
     known: dict[float, np.ndarray] = {}
-    noise = dither(out.shape[1])
-    for step in steps:
-        name = f"tail_{step.temperature:g}"
-        code = out[names.index(name)].astype(np.int32)
-        high = out[names.index(f"{name}_high")]
-        if high.any():
-            code |= high.astype(np.int32) << 8
-        empty = code == 0
-        code -= 1
-        q = (code >> 1) ^ -(code & 1)
+    for q, empty, step in zip(q_TP, empty_TP, steps, strict=True):
         q += _predicted(step, known)
-        q[empty] = 0
+        if no_tail:
+            q[empty] = 0
         known[step.temperature] = q
-        tail = (q - noise) / np.float32(step.per_nat)
-        tail[empty] = -np.inf
-        tail_PT[:, list(temperatures).index(step.temperature)] = tail
+    tail_TP = np.subtract(q_TP, dither(out.shape[2]), dtype=np.float32)
+    tail_TP *= np.array([[1 / step.per_nat] for step in steps], np.float32)
+    if no_tail:
+        tail_TP[empty_TP] = -np.inf
+    chain = [step.temperature for step in steps]
+    tail_PT = tail_TP[[chain.index(float(t)) for t in temperatures]].T
     fields = Fields(tail_PT, entropy_P, FINE.logp.take(top1), gold_P)
-    return fields, out[3] if floor else None
+    return fields, head[3] if floor else None
 
 
 def _three_quarters(top1: np.ndarray) -> np.ndarray:

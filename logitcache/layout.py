@@ -12,7 +12,7 @@ from typing import Any
 
 from .codec import PRECISIONS, certain_planes, has_floor, sampled_planes
 from .errors import StoreError
-from .fields import field_names, tail_steps
+from .fields import PLANES, fields_width
 from .shards import ArraySpec
 
 FORMAT = 1
@@ -69,8 +69,8 @@ def teacher_specs(
     rows, seq_len, vocab = manifest["rows"], manifest["seq_len"], manifest["vocab_size"]
     precision, sampled = attributes["precision"], attributes["estimator"] == "sampled"
     room, chunk = entries_per_row(attributes, seq_len)
-    steps = tail_steps(manifest["temperatures"], precision)
-    fields = len(field_names(steps, has_floor(attributes)))
+    floor = has_floor(attributes)
+    fields = fields_width(manifest["temperatures"], floor) * seq_len
     counts = "uint8" if attributes["max_entries"] < 256 else "uint16"
 
     def spec(array: str, planes: int, length: int, piece: int, dtype: str = "uint8") -> ArraySpec:
@@ -78,9 +78,9 @@ def teacher_specs(
         return ArraySpec(f"{name}/{array}", shape, shape_of_chunk, manifest["shard_rows"], dtype)
 
     specs = {
-        "count": spec("count", 2 if sampled else 1, seq_len, seq_len, counts),
-        "fields": spec("fields", fields, seq_len, seq_len),
-        "certain": spec("certain", certain_planes(vocab), room, chunk),
+        "count": spec("count", 1, (1 + sampled) * seq_len, (1 + sampled) * seq_len, counts),
+        "fields": spec("fields", PLANES, fields, fields),
+        "certain": spec("certain", certain_planes(vocab, precision, floor), room, chunk),
     }
     if sampled:
         specs["sampled"] = spec("sampled", sampled_planes(vocab, precision), room, chunk)

@@ -55,10 +55,12 @@ class LevelTable:
     def encode(self, logp: np.ndarray) -> np.ndarray:
         """Nearest levels, uint8; -inf gets the last one. NaN is the caller's mistake."""
         bend, bend_logp = self._bend
-        root = (1 - np.exp(0.5 * logp)) / np.float32(self.step)
-        line = bend + (bend_logp - logp) / np.float32(self.nats)
-        level = np.where(logp >= bend_logp, root, line) + (self.first + 0.5)
-        return np.clip(level, self.first, LEVELS - 1).astype(np.uint8)
+        level = np.exp(np.float32(0.5) * logp)
+        np.subtract(1 / self.step + self.first + 0.5, level / np.float32(self.step), out=level)
+        small = np.flatnonzero(logp < bend_logp)
+        line = (bend_logp - logp[small]) / np.float32(self.nats)
+        level[small] = line + (bend + self.first + 0.5)
+        return np.clip(level, self.first, LEVELS - 1, out=level).astype(np.uint8)
 
 
 # Top-1 and gold logp: +-0.004 of sqrt(p), or +-1/16 nat below p = 1/64; down to -22 nats.

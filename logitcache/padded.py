@@ -166,8 +166,10 @@ def _inclusion(
         total_P[has] += np.add.reduceat(np.exp(certain.logp / temperature), starts)
     partition_P = np.log(total_P, where=has, out=np.zeros_like(total_P))
     tempered = sampled.logp / temperature - np.repeat(partition_P, sampled.count_P)
-    inclusion = np.exp(np.where(sampled.flat, sampled.logp, tempered))
-    return np.minimum(inclusion / np.float32(attributes["threshold"]), _MOST_INCLUSION)
+    np.copyto(tempered, sampled.logp, where=sampled.flat)
+    inclusion = np.exp(tempered, out=tempered)
+    inclusion /= np.float32(attributes["threshold"])
+    return np.minimum(inclusion, _MOST_INCLUSION, out=inclusion)
 
 
 def _tail(tail_PT: np.ndarray, temperature: float, temperatures: tuple[float, ...]) -> np.ndarray:

@@ -167,10 +167,10 @@ class StoreReader:
         shard, within = divmod(row, self.manifest["shard_rows"])
         with _named(self.store, name, row):
             files, order = self._shards.get(name, shard)
-            length = self.manifest["seq_len"]
-            planes = {array: files[array].read(within, length) for array in ("count", "fields")}
-            totals = planes["count"].sum(1, dtype=np.int64)
-            for array, total in zip(("certain", "sampled"), totals, strict=False):
+            planes = {array: files[array].read(within) for array in ("count", "fields")}
+            kinds = [kind for kind in ("certain", "sampled") if kind in files]
+            totals = planes["count"].reshape(len(kinds), -1).sum(1, dtype=np.int64)
+            for array, total in zip(kinds, totals, strict=True):
                 planes[array] = files[array].read(within, int(total))
             return decode_row(
                 planes, self.store.teachers[name], self.manifest["temperatures"], order, row

@@ -17,7 +17,7 @@ from .codec import (
     has_floor,
 )
 from .draws import position_keys
-from .fields import CertainLogp, Fields, decode_fields, encode_fields, top1_levels
+from .fields import PLANES, CertainLogp, Fields, decode_fields, encode_fields, top1_levels
 from .levels import FINE
 
 
@@ -93,12 +93,12 @@ def encode_row(
         floor_P if floor else None,
         temperatures,
         precision,
-    )
+    ).reshape(PLANES, -1)
     if support.sampled is not None:
         counts.append(support.sampled.count_P)
         keys = _keys(attributes, row, len(certain.count_P))
         planes["sampled"] = encode_sampled(support.sampled, keys, len(rank_of_id), precision)
-    planes["count"] = np.stack(counts)
+    planes["count"] = np.concatenate(counts)[None]
     return planes
 
 
@@ -111,8 +111,11 @@ def decode_row(
 ) -> Support:
     """Undo encode_row."""
     floor, precision = has_floor(attributes), attributes["precision"]
-    count_P = planes["count"][0].astype(np.int64)
-    fields, floor_P = decode_fields(planes["fields"], temperatures, precision, floor)
+    count_KP = planes["count"].reshape(1 + ("sampled" in planes), -1).astype(np.int64)
+    count_P = count_KP[0]
+    fields, floor_P = decode_fields(
+        planes["fields"].reshape(PLANES, -1, len(count_P)), temperatures, precision, floor
+    )
     has = count_P > 0
     certain = decode_certain(
         planes["certain"], count_P, floor_P, fields.top1_P, id_of_rank, precision
@@ -128,11 +131,11 @@ def decode_row(
     np.subtract(certain.logp, np.repeat(shift_P, count_P), out=certain.logp)
     sampled = None
     if "sampled" in planes:
-        sampled_P = planes["count"][1].astype(np.int64)
         keys = _keys(attributes, row, len(count_P))
-        sampled = decode_sampled(planes["sampled"], sampled_P, keys, len(id_of_rank), precision)
-    inverse = np.float32(1) / np.asarray(temperatures, np.float32)
-    np.subtract(fields.tail_PT, shift_P[:, None] * inverse, out=fields.tail_PT)
+        sampled = decode_sampled(planes["sampled"], count_KP[1], keys, len(id_of_rank), precision)
+    tail_TP = fields.tail_PT.T  # as it lies in memory
+    inverse_T = np.array([1 / temperature for temperature in temperatures], np.float32)
+    tail_TP -= shift_P * inverse_T[:, None]
     top1_P = np.where(has, fields.top1_P - shift_P, np.float32(np.nan))
     gold_P = np.where(has, fields.gold_P, np.float32(np.nan))
     return Support(certain, sampled, Fields(fields.tail_PT, fields.entropy_P, top1_P, gold_P))

@@ -33,7 +33,7 @@ PACKAGES = {  # each may import itself and those before it
 }
 FORMAT_MODULES = (
     *("store", "codec", "packing", "files", "documents", "config", "errors", "info"),
-    *("layout", "levels", "draws", "fields", "support", "shards"),
+    *("layout", "levels", "draws", "words", "fields", "support", "shards"),
 )
 
 

@@ -22,18 +22,20 @@ from logitcache.codec import (
     inverse,
     level_table,
 )
-from logitcache.draws import from_order, position_keys, to_order
+from logitcache.draws import holders, join_ids, num_groups, position_keys, split_ids
 from logitcache.errors import StoreError
 from logitcache.fields import (
+    PLANES,
     CertainLogp,
     Fields,
     decode_fields,
     encode_fields,
-    field_names,
+    fields_width,
     tail_steps,
     top1_levels,
 )
 from logitcache.levels import FINE, LevelTable, dither
+from logitcache.words import Words
 
 GRID = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
 TABLES = [FINE, *(p.table for p in PRECISIONS.values()), level_table("standard", True)]
@@ -149,35 +151,79 @@ def test_rounding_of_sampled_entries_has_no_bias_at_any_temperature(precision, e
         assert abs(weight.mean() - 1) <= 3 * standard_error
 
 
+@given(st.lists(st.integers(0, (1 << 20) - 1), min_size=1, max_size=200))
+def test_an_id_is_its_group_and_member(ids):
+    ids = np.array(ids, np.uint32)
+    groups, members = split_ids(ids)
+    assert members.max() < 32
+    for token, group, member in zip(ids.tolist(), groups.tolist(), members.tolist(), strict=True):
+        assert group == token // 4096 * 128 + token // 8 % 128
+        assert member == token // 1024 % 4 * 8 + token % 8
+        assert group < num_groups(token + 1) <= num_groups(1 << 20) == 1 << 15
+    np.testing.assert_array_equal(join_ids(groups, members), ids)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 8, 9, 1024, 1025, 4096, 4097, 5000, 49152, 151936])
+def test_groups_are_those_of_the_ids(vocab_size):
+    groups, _ = split_ids(np.arange(vocab_size, dtype=np.uint32))
+    assert num_groups(vocab_size) == groups.max() + 1
+
+
 @given(seeds)
-def test_order_of_draws_is_a_permutation_of_each_block(seed):
+def test_every_member_of_a_group_has_a_rank_of_its_own(seed):
     random = np.random.default_rng(seed)
-    keys = np.repeat(random.integers(0, 2**32, 20, dtype=np.uint32), 8)
-    ids = (np.repeat(random.integers(0, 1 << 17, 20), 8) * 8 + np.tile(np.arange(8), 20)).astype(
-        np.uint32
+    ids = join_ids(np.repeat(np.uint32(random.integers(1 << 8)), 32), np.arange(32, dtype="u4"))
+    entries = Entries(
+        np.array([32]), random.permutation(ids), np.full(32, -9, np.float32), np.zeros(32, bool)
     )
-    ordered = to_order(keys, ids)
-    assert (ordered >> 3 == ids >> 3).all()
-    assert (np.sort((ordered & 7).reshape(20, 8), axis=1) == np.arange(8)).all()
-    np.testing.assert_array_equal(from_order(keys, ordered >> 3, ordered & 7), ids)
+    keys = random.integers(0, 1 << 32, 1, dtype=np.uint32)
+    planes = encode_sampled(entries, keys, 1 << 15, "standard")
+    assert planes[-1].tolist() == [*range(1, 32), 0]
+    decoded = decode_sampled(planes, entries.count_P, keys, 1 << 15, "standard")
+    assert sorted(decoded.ids.tolist()) == sorted(ids.tolist())
 
 
 def test_draws_are_those_of_the_capture():
+    """The key of a position, and that the holder of a group has its least number."""
     import torch
 
-    from logitcache_kernels.uniform import high_bits, row_keys
+    from logitcache_kernels.uniform import least_of_groups, numbers, row_keys
 
     positions = np.array([0, 1, 12345, (1 << 40) + 7], np.int64)
+    ids = torch.arange(8192).expand(4, -1)
     for seed in (0, 7, (1 << 62) + 3):
-        key0, _ = row_keys(seed, torch.from_numpy(positions))
+        key0, key1 = row_keys(seed, torch.from_numpy(positions))
         keys = position_keys(seed, positions)
-        assert keys.tolist() == key0.tolist()
-        high = high_bits(key0, 64).numpy()
-        smallest = from_order(
-            np.repeat(keys, 8), np.tile(np.arange(8, dtype=np.uint32), 4), np.zeros(32, np.uint32)
-        )
-        expected = high.reshape(4, 8, 8).argmin(2) + np.arange(8) * 8
-        assert smallest.tolist() == expected.ravel().tolist()
+        assert keys.tolist() == key1.tolist()
+        groups, members = split_ids(ids.numpy().astype(np.uint32))
+        least = least_of_groups(key0[:, None], torch.from_numpy(groups.astype(np.int64)))
+        drawn = numbers(key1[:, None], ids, least).numpy()
+        held = holders(keys, np.full(4, 8192), groups.ravel()).reshape(4, -1)
+        np.testing.assert_array_equal(drawn == least.numpy(), members == held)
+
+
+def test_what_was_drawn_is_nearly_always_a_holder():
+    """Ranks are small because the coding knows the capture's draws, not by chance."""
+    import torch
+
+    from logitcache_kernels import capture
+
+    logits = torch.randn(64, 8192, generator=torch.Generator().manual_seed(0)) * 2.5
+    positions = torch.arange(64) + 1000
+    kept = capture(
+        logits,
+        min_prob=0.01,
+        threshold=0.05,
+        sample_temperature=2.0,
+        seed=5,
+        position_ids_R=positions,
+    )
+    drawn = (kept.ids_RK >= 0) & (kept.inclusion_RK < 1)
+    count = drawn.sum(1).numpy()
+    groups, members = split_ids(kept.ids_RK[drawn].numpy().astype(np.uint32))
+    held = holders(position_keys(5, positions.numpy()), count, groups)
+    assert count.sum() > 1000
+    assert (members == held).mean() > 0.7  # 1 of 32 by chance
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -232,8 +278,8 @@ def test_fields_come_back_within_their_bounds(seed, precision, floor):
     certain = CertainLogp(kept.astype(np.int64), top1, top1)
     floors = random.integers(0, 256, number).astype(np.uint8) if floor else None
     planes = encode_fields(fields, certain, floors, GRID, precision)
-    assert planes.shape == (len(field_names(tail_steps(GRID, precision), floor)), number)
-    assert not planes[:, ~kept].any()
+    assert planes.shape == (PLANES, fields_width(GRID, floor), number)
+    assert not planes[:, :, ~kept].any()
     found, found_floors = decode_fields(planes, GRID, precision, floor)
     if floor:
         np.testing.assert_array_equal(found_floors[kept], floors[kept])
@@ -302,7 +348,11 @@ def test_planes_that_point_beyond_the_vocabulary_are_refused():
         )
     with pytest.raises(StoreError, match="there are 300 token ids"):
         decode_sampled(
-            np.full((3, 1), 255, np.uint8), ends, np.zeros(1, np.uint32), 300, "standard"
+            np.array([[255], [255], [1]], np.uint8),
+            ends,
+            np.zeros(1, np.uint32),
+            300,
+            "standard",
         )
     with pytest.raises(StoreError, match="top-1"):
         decode_certain(
@@ -317,6 +367,39 @@ def test_planes_that_point_beyond_the_vocabulary_are_refused():
 
 @pytest.mark.parametrize("vocab_size", [1, 256, 257, 65536, 65537, 1 << 20])
 def test_planes_are_as_many_as_the_largest_id_needs(vocab_size):
-    assert (vocab_size - 1).bit_length() <= 8 * (codec.certain_planes(vocab_size) - 1)
     for precision in PRECISIONS:
         assert 3 <= codec.sampled_planes(vocab_size, precision) <= 4
+        for floor in (False, True):
+            assert 3 <= codec.certain_planes(vocab_size, precision, floor) <= 4
+
+
+@given(
+    seeds,
+    st.sampled_from(
+        [Words(5, 2, 5), Words(5, 2, 3), Words(6, 2, 2), Words(7, 3, 1), Words(8, 3, 5)]
+    ),
+    st.sampled_from([1, 255, 1023, 1024, 49151, (1 << 20) - 1]),
+)
+def test_words_come_back_whatever_is_in_them(seed, words, largest):
+    random = np.random.default_rng(seed)
+    number = 200
+    values = random.integers(0, 1 << words.value_bits, number, dtype=np.uint32)
+    gaps = random.integers(0, largest + 1, number, dtype=np.uint32)
+    extra = random.integers(0, 1 << words.extra_bits, number, dtype=np.uint32)
+    extra[random.random(number) < 0.7] = 0
+    planes = words.pack(values, gaps.copy(), extra, largest)
+    assert planes.shape == (words.planes(largest), number)
+    found, found_gaps, more, found_extra = words.unpack(planes, largest)
+    np.testing.assert_array_equal(found, values)
+    np.testing.assert_array_equal(found_gaps, gaps)
+    whole = np.zeros(number, np.uint32)
+    whole[more] = found_extra
+    np.testing.assert_array_equal(whole, extra)
+
+
+def test_an_extra_number_that_is_too_large_is_refused():
+    words = Words(5, 2, 5)
+    planes = words.pack(*(np.array([1], np.uint32) for _ in range(3)), 1023)
+    planes[-1, 0] = 32
+    with pytest.raises(StoreError, match="extra number is 32"):
+        words.unpack(planes, 1023)

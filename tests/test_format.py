@@ -42,15 +42,32 @@ def mix(x: int) -> int:
     return x ^ x >> 16
 
 
-def place_to_id(block: int, place: int, seed: int, position: int) -> int:
+def sampled_id(group: int, rank: int, seed: int, position: int) -> int:
+    low, high = position & MASK, position >> 32
     key = mix(mix((seed & MASK) ^ 0x9E3779B9) ^ (seed >> 32))
-    key = mix(mix(key ^ (position & MASK)) ^ (position >> 32))
+    key = mix(mix(mix(key ^ low) ^ high) ^ low ^ 0x2545F491)
+    holder = mix(key - (group + 1) * 0x85EBCA6B & MASK) >> 27
+    member = holder ^ rank
+    return group // 128 * 4096 + member // 8 * 1024 + group % 128 * 8 + member % 8
 
-    def u(token: int) -> int:
-        word = mix(key + (token // 2) * 0x9E3779B9 & MASK)
-        return (word >> 16 * (token % 2) & 0xFFFF) << 16 | token % 8
 
-    return sorted(range(8 * block, 8 * block + 8), key=u)[place]
+def words(planes, bits: int, wide: int, largest: int):
+    """Give a function of the entry's number, to be called in order: value, gap, extra number."""
+    gap_bits = 8 * wide - bits - 1
+    rest_bits = max(largest.bit_length() - gap_bits, 0)
+    at_rare = 0
+
+    def read(at: int) -> tuple[int, int, int]:
+        nonlocal at_rare
+        word = sum(int(planes[p][at]) << 8 * p for p in range(wide))
+        rare = 0
+        if word >> bits & 1:
+            rare = sum(int(plane[at_rare]) << 8 * p for p, plane in enumerate(planes[wide:]))
+            at_rare += 1
+        gap = word >> bits + 1 | (rare & (1 << rest_bits) - 1) << gap_bits
+        return word & (1 << bits) - 1, gap, rare >> rest_bits
+
+    return read
 
 
 def read_row(store, name: str, row: int):
@@ -63,20 +80,26 @@ def read_row(store, name: str, row: int):
     table = (1 / 100, 1 / 6, 1) if high else (1 / 35, 2, 1) if floor else (1 / 24, 1, 1)
     order = group["order"][row // manifest["shard_rows"]].astype(int)
     id_of_rank = np.cumsum(order[0] + 256 * order[1] + 65536 * order[2]) % 2**24
-    count, fields = group["count"][row].astype(int), group["fields"][row].astype(int)
+    count = group["count"][row].astype(int).reshape(-1, manifest["seq_len"])
+    head, low, high_bytes = group["fields"][row].astype(int).reshape(3, -1, manifest["seq_len"])
     certain = group["certain"][row].astype(int)
     sampled = group["sampled"][row].astype(int) if "sampled" in group else None
-    bits, step = (8, 0.5) if high else (5, 3.0)
+    certain_bits, wide = (7, 3) if high else (6, 2) if floor else (5, 2)
+    largest = manifest["vocab_size"] - 1
+    certain_words = words(certain, certain_bits, wide, largest)
+    bits, step, wide = (8, 0.5, 3) if high else (5, 3.0, 2)
+    groups = largest // 4096 * 128 + min(largest % 4096 // 8, 127)
+    sampled_words = words(sampled, bits, wide, groups)
     at_certain = at_sampled = 0
     positions = []
     for position in range(manifest["seq_len"]):
-        column = fields[:, position].tolist()
-        top1, names = column[0], column[3 + floor :]
+        column = head[:, position].tolist()
+        top1 = column[0]
         gold = (column[1] + top1) % 256
         entropy = (column[2] + 3 * top1 // 4) % 256 / 16
         q, tail = {}, {}
         for number, (temperature, steps, constant, weights) in enumerate(CHAIN):
-            code = names[number] + 256 * names[number + len(CHAIN)]
+            code = int(low[number, position] + 256 * high_bytes[number, position])
             steps, constant = steps * (4 if high else 1), constant * (4 if high else 1)
             left = (code - 1) // 2 if code % 2 else -(code // 2)
             total = constant + 128 + sum(w * q[t] for t, w in weights.items())
@@ -85,9 +108,9 @@ def read_row(store, name: str, row: int):
         entries, rank = {}, -1
         top1_logp = level_logp(top1, 1 / 128, 1 / 8, 0)
         for _ in range(count[0][position]):
-            gap = sum(int(certain[p][at_certain]) << 8 * p for p in range(len(certain) - 1))
+            value, gap, above = certain_words(at_certain)
             rank += gap + 1
-            level = int(certain[-1][at_certain])
+            level = value | above << certain_bits
             if level and floor:
                 level = column[3] - level + 1
             logp = level_logp(level, *table) if level else top1_logp
@@ -98,17 +121,12 @@ def read_row(store, name: str, row: int):
             entries = {token: (kind, x - shift) for token, (kind, x) in entries.items()}
             tail = {t: g - shift / t for t, g in tail.items()}
             top1_logp -= shift
-        block = 0
+        number = 0
         for _ in range(count[1][position] if sampled is not None else 0):
-            word = sum(int(sampled[p][at_sampled]) << 8 * p for p in range(len(sampled)))
-            value = word & (1 << bits) - 1
-            gap = (word & 255) >> bits | (word >> 8 & 255) << 8 - bits | word >> 19 << 16 - bits
-            block += gap
-            place = word >> 16 & 7
-            token = 8 * block + place
-            if not high:
-                where = row * manifest["seq_len"] + position
-                token = place_to_id(block, place, teacher["seed"], where)
+            value, gap, rank_in_group = sampled_words(at_sampled)
+            number += gap
+            where = row * manifest["seq_len"] + position
+            token = sampled_id(number, rank_in_group, teacher["seed"], where)
             kind = "flat" if value >> bits - 1 else "tempered"
             level = value & (1 << bits - 1) - 1
             entries[token] = (kind, -step * (level - dither(at_sampled)))
