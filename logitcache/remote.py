@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ResourceError, StoreError
-from .files import lock
-from .shards import ShardFile, write_durable
+from .files import lock, write_durable
+from .shards import ShardFile
 from .store import Store, load_store
 
 _URL = re.compile(r"(s3|gs):/{1,2}([^/].*)")  # pathlib makes one slash of two
