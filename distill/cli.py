@@ -74,9 +74,13 @@ def train(
         if _is_first():
             options.note(text)
 
-    with stop_on_signal() as stop:
-        record = run_train(request, fresh=fresh, stop=stop, note=note)
-    if not _is_first():
+    try:
+        with stop_on_signal() as stop:
+            record = run_train(request, fresh=fresh, stop=stop, note=note)
+        is_first = _is_first()
+    finally:
+        _leave_group()
+    if not is_first:
         return
     document = {
         **record["metrics"],
@@ -116,6 +120,14 @@ def demo(options: Options, out: Path | None) -> None:
     with stop_on_signal():  # what runs below saves its work and ends; so does this then
         document, text = run_demo(out, options)
     options.result(document, text)
+
+
+def _leave_group() -> None:
+    """Under torchrun: end the group's threads; left to the interpreter's end they can abort it."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _is_first() -> bool:

@@ -36,10 +36,10 @@ _METADATA = re.compile(
 )
 _MAX_METADATA_BYTES = 128 << 20  # a tokenizer; load_store has a limit for each
 _AT_ONCE = 16  # requests
-_OPTIONS = {"timeout": "30s", "connect_timeout": "5s", "allow_http": True}
+_OPTIONS: Any = {"timeout": "30s", "connect_timeout": "5s", "allow_http": True}
 # A request is tried again by obstore on 5xx and refused connections, and the file as a whole by us,
 # for bodies that end too early.
-_RETRY = {
+_RETRY: Any = {
     "max_retries": 5,
     "retry_timeout": timedelta(seconds=60),
     "backoff": {

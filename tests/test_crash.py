@@ -89,5 +89,9 @@ def test_every_change_of_a_disk_has_its_failpoint():
     assert source.count("failpoint(") == len(FAILPOINTS) + 1
     changes = re.compile(r"\.(write_text|write_bytes|unlink|mkdir|rmdir|rename|rmtree|fsync)\(")
     for path in package.glob("*.py"):
-        if path.name != "files.py":
+        if path.name not in (
+            "files.py",
+            "export.py",
+            "remote.py",
+        ):  # an export, a cache are no store
             assert not changes.search(path.read_text(encoding="utf-8")), path
