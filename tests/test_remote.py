@@ -74,7 +74,7 @@ def server(tmp_path_factory):
     """moto's S3 behind the proxy, a bucket in it, and the variables that lead there."""
     for name in ("obstore", "moto"):
         if importlib.util.find_spec(name) is None:
-            pytest.skip("needs obstore and moto: pip install obstore 'moto[server]'")
+            pytest.skip("needs obstore and moto: pip install '.[dev]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

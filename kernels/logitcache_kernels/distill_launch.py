@@ -75,7 +75,6 @@ def _shared_constants(row: Row, num_taboo: int, mode: int, softcap: float | None
     spec = row.spec
     return {
         "TB": _TABOO_SLICE,
-        "SAMPLED": _sampled(row),
         "TABOO": {"target": 1, "neutral": 2}[spec.taboo] if num_taboo else 0,
         "TAIL": 2 if _sampled(row) else _TAILS[spec.tail],
         "KIND": _DIVERGENCES[spec.divergence],
@@ -119,7 +118,7 @@ def _run_plan(
             _stride(teacher.inclusion_RK),
         ]  # fmt: skip
     plan_kernel[(num_rows,)](
-        logits_RV, index_R, num_rows, _stride(logits_RV), *arguments,
+        logits_RV, index_R, _stride(logits_RV), *arguments,
         row.labels_R, row.gold_R, row.taboo_RK, _stride(row.taboo_RK), *diagnostics, *plan,
         row.teachers[0].ids_RK.shape[1], row.teachers[-1].ids_RK.shape[1],
         0 if row.taboo_RK is None else row.taboo_RK.shape[1], vocab_size,
@@ -129,6 +128,7 @@ def _run_plan(
         **shared,
         KP=_padded(max(teacher.ids_RK.shape[1] for teacher in row.teachers)),
         TEACHERS=len(row.teachers),
+        SAMPLED=_sampled(row),
         ENTROPY=spec.confidence == "entropy",
         HAS_GOLD=row.gold_R is not None,
         LOGITS=logits,

@@ -61,7 +61,7 @@ def _value(p, plain, x):
 
 @triton.jit
 def plan_kernel(
-    z_ptr, index_ptr, num_rows, z_stride,
+    z_ptr, index_ptr, z_stride,
     ids1_ptr, logp1_ptr, inclusion1_ptr, partition1_ptr, entropy1_ptr,
     ids1_stride, logp1_stride, inclusion1_stride,
     ids2_ptr, logp2_ptr, inclusion2_ptr, partition2_ptr, entropy2_ptr,

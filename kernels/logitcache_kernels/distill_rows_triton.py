@@ -71,10 +71,10 @@ from .gate_triton import LOG2E, sum2
 
 @triton.jit
 def _kind(item, num_rows, kind_ptr, C: tl.constexpr):
-    """An item's row, and its strategy; past the last it is SKIP."""
+    """An item's row, and its strategy; past the last it is the last row's, as SKIP."""
     row = ((tl.zeros((), tl.int32) + item) // C).to(tl.int64)
     strategy = tl.load(kind_ptr + row, mask=row < num_rows, other=3).to(tl.int32)
-    return row, strategy
+    return tl.minimum(row, num_rows - 1), strategy
 
 
 @triton.jit
@@ -160,7 +160,7 @@ def rows_kernel(
     NT, V,
     T, inv_T, unit, alpha, beta, gamma, jsd_beta, cap,
     WIDTH: tl.constexpr,  # of the list
-    TB: tl.constexpr, SAMPLED: tl.constexpr,
+    TB: tl.constexpr,
     TABOO: tl.constexpr, TAIL: tl.constexpr, KIND: tl.constexpr,  # as for the plan
     HAS_R: tl.constexpr, MODE: tl.constexpr, SOFTCAP: tl.constexpr,
     OUT: tl.constexpr,  # 0 in place, 1 gradient elsewhere, 2 none (work: two slices a program)
@@ -237,9 +237,7 @@ def rows_kernel(
             FORMAT,
         )  # fmt: skip
         ids_next, z_next, p_next = _list(row, list_ids_ptr, list_z_ptr, list_p_ptr, WIDTH)
-        shift_next = tl.load(
-            numbers_ptr + row_next * NUMBERS + SHIFT, mask=row_next < num_rows, other=0.0
-        )
+        shift_next = tl.load(numbers_ptr + row_next * NUMBERS + SHIFT)
         row_later, strategy_later = _kind(item + 2 * programs, num_rows, kind_ptr, C)
 
         item_before = tl.maximum(item - programs, 0)
