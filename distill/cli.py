@@ -61,7 +61,7 @@ def train(
     quiet_libraries()
     from logitcache.causal_lm import check_model_folder
 
-    from .train import TrainRequest
+    from .train import TrainRequest, leave_group
     from .train import train as run_train
 
     check_model_folder(student)
@@ -79,7 +79,7 @@ def train(
             record = run_train(request, fresh=fresh, stop=stop, note=note)
         is_first = _is_first()
     finally:
-        _leave_group()
+        leave_group()
     if not is_first:
         return
     document = {
@@ -120,14 +120,6 @@ def demo(options: Options, out: Path | None) -> None:
     with stop_on_signal():  # what runs below saves its work and ends; so does this then
         document, text = run_demo(out, options)
     options.result(document, text)
-
-
-def _leave_group() -> None:
-    """Under torchrun: end the group's threads; left to the interpreter's end they can abort it."""
-    import torch.distributed
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _is_first() -> bool:

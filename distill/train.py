@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +104,22 @@ def _agreed(config: DistillConfig, action: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def leave_group() -> None:
+    """Under torchrun, at the end of a run that ended well or not: end the group and its threads.
+
+    One that is still letting go of the last collective's tensors when the interpreter ends is
+    cancelled in the middle of a C++ destructor, which aborts the process (torch 2.13 with gloo, on
+    a busy machine). The group joins its threads when its last holder is gone: the trainer, which
+    the frames of an error hold, and reference cycles.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        error = sys.exception()
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)
+        gc.collect()
 
 
 def check_paths(request: TrainRequest) -> None:

@@ -30,6 +30,7 @@ from logitcache.tokenise import load_tokenizer
 from logitcache_kernels import DistillSpec, SparseTeacher, distill_loss
 
 CPU = torch.device("cpu")
+WORKER = Path(__file__).with_name("ddp_worker.py")
 SETTINGS = {
     "use_cpu": True,
     "per_device_train_batch_size": 4,
@@ -198,9 +199,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(work: Path, tmp_path: P
 
 def test_two_processes_give_the_gradients_of_one(work: Path, tmp_path: Path) -> None:
     single = _one_sgd_step(work, tmp_path / "one", per_device_train_batch_size=4)
-    worker = Path(__file__).with_name("ddp_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(worker), str(work), str(tmp_path / "two")]
+    command += [str(WORKER), str(work), str(tmp_path / "two")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     double = load_file(tmp_path / "two" / "weights.safetensors")
@@ -336,7 +336,7 @@ def test_arguments_that_adapters_pass_on_as_none_are_allowed(work: Path) -> None
 
 def test_command_on_two_processes_is_one_run_with_one_result(work: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "distill", "train", "--store", str(work / "sampled"), "--json"]
+    command += [str(WORKER), "train", "--store", str(work / "sampled"), "--json"]
     command += ["--student", str(work / "one"), "--out", str(tmp_path / "out")]
     command += ["--eval-store", str(work / "topk")]
     settings = {**SETTINGS, "max_steps": 2, "per_device_train_batch_size": 2}
@@ -346,6 +346,9 @@ def test_command_on_two_processes_is_one_run_with_one_result(work: Path, tmp_pat
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     assert json.loads(run.stdout)["steps"] == 2
+    ends = [line for line in run.stderr.splitlines() if "threads at the end" in line]
+    assert len(ends) == 2, run.stderr[-3000:]
+    assert "gloo" not in "".join(ends), ends  # one that ends with the interpreter can abort it
     train(_request(work, tmp_path / "single", max_steps=2))
     for part in ("", "raw"):
         single, double = _weights(tmp_path / "single" / part), _weights(tmp_path / "out" / part)
