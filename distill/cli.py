@@ -12,6 +12,8 @@ import click
 
 from logitcache.command import Options, common_options, quiet_libraries, run_group, stop_on_signal
 
+from .lineage_commands import evolve, lineage, promote
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="logitcache")
@@ -21,6 +23,7 @@ def cli() -> None:
     \b
     distill demo
     distill train --store store --student GEN_N --out child
+    distill evolve evolution.json
     """
 
 
@@ -156,6 +159,10 @@ def _describe_plan(request: Any, fresh: bool) -> tuple[dict[str, Any], str]:
     lines = ["store, student and settings fit; would train:"]
     lines += [f"{key:14} {value}" for key, value in document.items()]
     return document, "\n".join(lines)
+
+
+for command in (promote, evolve, lineage):
+    cli.add_command(command)
 
 
 def main() -> None:

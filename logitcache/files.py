@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -57,12 +58,17 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file and make what is in it survive a power loss (its name: fsync_path)."""
+def _write(path: Path, content: bytes | Path) -> None:
+    """Write a file, or copy one, and make what is in it survive a power loss (its name:
+    fsync_path)."""
     failpoint("write", path)
     try:
         with open(path, "wb") as file:
-            file.write(content)
+            if isinstance(content, Path):
+                with open(content, "rb") as source:
+                    shutil.copyfileobj(source, file, 1 << 20)
+            else:
+                file.write(content)
             file.flush()
             failpoint("sync file", path)
             os.fsync(file.fileno())
@@ -109,9 +115,9 @@ def make_durable_folder(path: Path) -> None:
             fsync_path(made.parent)
 
 
-def write_durable(root: Path, files: Mapping[str, bytes]) -> None:
+def write_durable(root: Path, files: Mapping[str, bytes | Path]) -> None:
     """Write files, by name within root, so that each is whole or absent, and all are still there
-    after a power loss. One sync a file and one a folder."""
+    after a power loss; a path is copied from. One sync a file and one a folder."""
     folders: set[Path] = set()
     for name, content in files.items():
         path = root / name
@@ -188,7 +194,7 @@ def refuse_resource(error: OSError, path: Path) -> None:
 def publish_folder(temporary: Path, path: Path) -> None:
     """Give a finished folder its name, at which there is nothing or an empty folder; it is there
     whole or not at all. What it holds must be on disk already."""
-    temporary.rename(path)
+    _rename(temporary, path)
     fsync_path(path.parent)
 
 
