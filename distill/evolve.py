@@ -176,9 +176,7 @@ class _Run:
                     f"{path}: not the record of a turn: {error}", "give --fresh to begin anew"
                 ) from None
             changed = sorted(
-                key
-                for key in {*found, *self.identity}
-                if found.get(key) != self.identity.get(key)
+                key for key in {*found, *self.identity} if found.get(key) != self.identity.get(key)
             )
             if changed:
                 raise UsageError(
@@ -357,8 +355,7 @@ class _Run:
         words = self.turn.path(manifest.taboo.words)
         folders = {"teacher1": self.lineage.folder(self.parent), "child": self.out / "train"}
         mass = {
-            name: taboo_mass(folder, self.out / "store", words)
-            for name, folder in folders.items()
+            name: taboo_mass(folder, self.out / "store", words) for name, folder in folders.items()
         }
         document = {"words": words.read_text(encoding="utf-8").split("\n"), "mass": mass}
         write_atomic(self.out / TABOO_FILE, to_json(document))
@@ -464,7 +461,9 @@ def _violations(path: Path) -> list[Violation]:
         return []
     names = ("rule", "prompt", "output", "detail")
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        records = [
+            json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line
+        ]
         return [Violation(**{name: record[name] for name in names}) for record in records]
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(

@@ -9,7 +9,7 @@ from .lineage import Lineage
 
 
 def describe_lineage(lineage: Lineage) -> dict[str, Any]:
-    """All that there is: HEAD, each generation and each failed candidate with its gates, the log."""
+    """All that there is: HEAD, generations and failed candidates with their gates, the log."""
     nodes = []
     for part, records in (
         ("generation", lineage.generations()),

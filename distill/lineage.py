@@ -213,9 +213,7 @@ def open_lineage(root: Path) -> Lineage:
 
 
 @contextlib.contextmanager
-def writing(
-    root: Path, *, create: bool = False, note: Note = lambda _: None
-) -> Iterator[Lineage]:
+def writing(root: Path, *, create: bool = False, note: Note = lambda _: None) -> Iterator[Lineage]:
     """Hold a lineage as its one writer, with what a killed writer left finished.
 
     Raises LockedError if another process writes, ResourceError where a rename would not be atomic.

@@ -26,7 +26,8 @@ from .lineage import ID_PATTERN
 METHOD, TRAINING_METHOD = "logit_blending_kd", "teacher_student_distillation"
 _MAX_MANIFEST_BYTES = 1 << 20
 _AVERAGES_WEIGHTS = re.compile(
-    r"averag|slerp|lerp|merg|soup|ties|dare|fisher|arithmetic|interpol|model_?stock|passthrough", re.I
+    r"averag|slerp|merg|soup|fisher|arithmetic|interpol|stock|(?<![a-z])(ties|dare|lerp)(?![a-z])",
+    re.IGNORECASE,
 )
 NO_AVERAGE = (
     "averages weights, which breaks a model: two generations lie in different basins, and their "
@@ -35,12 +36,17 @@ NO_AVERAGE = (
 # What the manifest calls a setting, and what DistillConfig does.
 PARAMETERS = {
     **{name: name for name in ("alpha", "beta", "gamma", "temperature")},
-    **{"steps": "max_steps", "lr": "learning_rate"},
+    "steps": "max_steps",
+    "lr": "learning_rate",
 }
 _SET_ELSEWHERE = {
     **{field: f"training_params.{name}" for name, field in PARAMETERS.items()},
-    **{"ema_decay": "stabilizers.ema_decay", "taboo": "taboo.mode", "taboo_words": "taboo.words"},
-    **{"taboo_variants": "taboo.variants", "laws": "laws", "suite": "data.suite"},
+    "ema_decay": "stabilizers.ema_decay",
+    "taboo": "taboo.mode",
+    "taboo_words": "taboo.words",
+    "taboo_variants": "taboo.variants",
+    "laws": "laws",
+    "suite": "data.suite",
 }
 _BUILD_ELSEWHERE = ("teacher1", "teacher2", "data", "out", "shard")
 
@@ -124,10 +130,10 @@ class Manifest(_Section):
     training_params: TrainingParams
     stabilizers: Stabilizers
     lineage: Path = Field(Path("lineage"), description="folder of the lineage")
-    data: Data = Field(default_factory=Data)
-    replay: Replay | None = None
-    taboo: Taboo | None = None
-    gates: GateSettings = Field(default_factory=GateSettings)
+    data: Data = Field(Data(), description="files")
+    replay: Replay | None = Field(None, description="how data of earlier generations is replayed")
+    taboo: Taboo | None = Field(None, description="words that the child is to keep from")
+    gates: GateSettings = Field(GateSettings(), description="settings of the four gates")
     laws: Path | None = Field(None, description="JSON or YAML file of rules")
     store: dict[str, Any] = Field(
         {}, description="options of logitcache build, such as seq_len or estimator"
@@ -187,7 +193,9 @@ def read_manifest(path: Path) -> Turn:
 
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
-        problems.extend(f"{key}: given twice" for key in sorted({k for k in keys if keys.count(k) > 1}))
+        problems.extend(
+            f"{key}: given twice" for key in sorted({k for k in keys if keys.count(k) > 1})
+        )
         return dict(pairs)
 
     try:
@@ -233,7 +241,8 @@ def _explained(error: ValidationError) -> Iterator[str]:
                 why = f"; {found} {NO_AVERAGE}"
             yield f"{place}: expected {expected}, found {found!r}{why}"
         else:
-            yield f"{place}: {message[:1].lower()}{message[1:]}, found {_brief(problem['input'])}"
+            expected = message.replace("Input should be", "expected", 1)
+            yield f"{place}: {expected}, found {_brief(problem['input'])}"
 
 
 def _better_place(place: str) -> str:
@@ -313,19 +322,18 @@ def _wrong_settings(document: Mapping[str, Any]) -> Iterator[str]:
         except UsageError as error:
             yield from (f"train.{line}" for line in str(error).splitlines())
     store = {k: v for k, v in _part(document, "store").items() if k not in _BUILD_ELSEWHERE}
-    if store:
-        try:
-            config = BuildConfig(teacher1=Path(), data=(Path(),), out=Path(), **store)
-        except ValidationError as error:
-            yield from (f"store.{line}" for line in _explained(error))
-            return
-        temperature = _part(document, "training_params").get("temperature")
-        highest = config.sample_temperature if config.estimator == "sampled" else 4.0
-        if isinstance(temperature, (int, float)) and temperature > highest:
-            yield (
-                f"training_params.temperature: expected at most {highest:g}, "
-                f"which the store allows, found {temperature:g}"
-            )
+    try:
+        config = BuildConfig(teacher1=Path(), data=(Path(),), out=Path(), **store)
+    except ValidationError as error:
+        yield from (f"store.{line}" for line in _explained(error))
+        return
+    temperature = _part(document, "training_params").get("temperature")
+    highest = config.sample_temperature if config.estimator == "sampled" else 4.0
+    if isinstance(temperature, (int, float)) and temperature > highest:
+        yield (
+            f"training_params.temperature: expected at most {highest:g}, "
+            f"which the store allows, found {temperature:g}"
+        )
 
 
 def _missing_files(document: Mapping[str, Any], folder: Path) -> Iterator[str]:

@@ -74,7 +74,9 @@ class Outcome:
 
     def text(self) -> str:
         """The table of four gates, for people."""
-        lines = [f"{'gate':12}{'':8}{'child':>9}{'teacher 1':>11}{'bound':>9}{'items':>7}  interval"]
+        lines = [
+            f"{'gate':12}{'':8}{'child':>9}{'teacher 1':>11}{'bound':>9}{'items':>7}  interval"
+        ]
         for gate in self.verdict["gates"]:
             interval = "-"
             if gate.get("interval"):
@@ -302,9 +304,7 @@ def _has_nonfinite(value: Any) -> bool:
     return any(isinstance(n, float) and not math.isfinite(n) for n in numbers)
 
 
-def _promoted_before(
-    lineage: Lineage, name: str, identity: Mapping[str, Any]
-) -> Outcome | None:
+def _promoted_before(lineage: Lineage, name: str, identity: Mapping[str, Any]) -> Outcome | None:
     """The outcome of an earlier run of the command: HEAD is then the candidate itself, so it would
     be judged against itself."""
     record = lineage.generations().get(name)
@@ -328,7 +328,9 @@ def _from_run(folder: Path) -> dict[str, Any]:
         run = json.loads(path.read_text(encoding="utf-8"))
         return {"store": run["identity"]["store"], "metrics": run["metrics"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path}: not a run record: {error}", "train the candidate again") from None
+        raise StoreError(
+            f"{path}: not a run record: {error}", "train the candidate again"
+        ) from None
 
 
 def _number(value: float | None) -> str:

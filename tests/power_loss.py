@@ -31,7 +31,10 @@ def recorded() -> Iterator[list[Change]]:
             kind = name.strip("_")
             if kind == "rename":
                 path, rest = rest[0], (path,)
-            log.append((kind, path.absolute(), rest[0] if rest else None))
+            content = rest[0] if rest else None
+            if kind == "write" and isinstance(content, Path):  # a copy
+                content = content.read_bytes()
+            log.append((kind, path.absolute(), content))
             if kind == "write":
                 log.append(("sync", path.absolute(), None))
 
@@ -94,6 +97,9 @@ class Disk:
                 elif kind == "write":
                     keep = len(other) if ~number not in lost else int(len(other) * share)
                     files[path] = (other, keep)
+                elif true.get(path if files is found else other, b"") is None:  # a whole folder
+                    for below in [p for p in files if p == other or other in p.parents]:
+                        files[path / below.relative_to(other)] = files.pop(below)
                 else:
                     # The file that was renamed, even if its old name never reached the disk.
                     if files is true:
