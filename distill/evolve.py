@@ -17,9 +17,8 @@ from typing import Any
 from logitcache import build
 from logitcache.causal_lm import model_identity
 from logitcache.config import BuildConfig, build_config
-from logitcache.documents import read_documents
 from logitcache.environment import describe_environment
-from logitcache.errors import InputError, Interrupted, StoreError, UsageError
+from logitcache.errors import Interrupted, StoreError, UsageError
 from logitcache.files import (
     clear_folder,
     file_sha256,
@@ -30,6 +29,7 @@ from logitcache.files import (
 )
 from logitcache.store import Store
 
+from .gold import mark_gold
 from .laws import Violation
 from .lineage import (
     VERDICT_FILE,
@@ -42,7 +42,7 @@ from .lineage import (
     register,
     writing,
 )
-from .manifest import Turn, read_manifest
+from .manifest import Replay, Turn, read_manifest
 from .promote import (
     Candidate,
     Outcome,
@@ -53,7 +53,7 @@ from .promote import (
     finished,
     judge_soundly,
 )
-from .replay import sample_replay
+from .replay import count_documents, sample_replay
 from .taboo import taboo_mass
 from .train import TrainRequest, train
 
@@ -242,39 +242,39 @@ class _Run:
     def _replay(self) -> dict[str, Any]:
         stabilizers = self.turn.manifest.stabilizers
         if not stabilizers.replay_buffer:
-            return {"generations": {}, "problems": []}
+            if self.turn.manifest.replay is not None:
+                self.note("replay: not used, stabilizers.replay_buffer is false")
+            return {"generations": [], "files": [], "problems": []}
         assert stabilizers.replay_size is not None
-        usable: dict[str, list[Path]] = {}
+        section = self.turn.manifest.replay or Replay()
+        recorded: dict[str, list[Path]] = {}
+        fingerprints: dict[Path, str] = {}
         problems: list[str] = []
-        recorded = 0
         for name in self.lineage.ancestors(self.parent):
-            if not self.lineage.generation(name).get("data"):
+            found = self.lineage.recorded_data(name)
+            if not found:
                 self.note(f"replay: {name} has no data on record")
                 continue
-            recorded += 1
-            paths, wrong = self.lineage.recorded_data(name)
-            problems += [f"{name}: {problem}" for problem in wrong]
-            if paths:
-                usable[name] = paths
-        for problem in problems:
-            self.note(f"replay: {problem}")
-        if recorded and not usable:
-            raise InputError(
-                f"replay: the data of all {recorded} earlier generations is gone:\n  "
-                + "\n  ".join(problems),
-                "put it back, or set stabilizers.replay_buffer to false",
-            )
-        if not usable:
-            self.note("replay: nothing to replay")
-            return {"generations": {}, "problems": []}
-        section = self.turn.manifest.replay
+            recorded[name] = []
+            for path, fingerprint_then in found.items():
+                if fingerprints.setdefault(path, fingerprint_then) == fingerprint_then:
+                    recorded[name].append(path)
+                else:
+                    problems.append(f"{name}: {path}: a later generation learned from another file")
         result = sample_replay(
-            usable,
+            recorded,
             stabilizers.replay_size,
-            0 if section is None else section.seed,
+            section.seed,
             self.out / "replay",
+            fingerprints=fingerprints,
+            main_documents=count_documents(self.inputs.train + self.inputs.gold),
+            fraction=section.fraction,
         )
-        return {"generations": result, "problems": problems}
+        for note in [*(f"replay: {problem}" for problem in problems), *result.notes()]:
+            self.note(note)
+        described = result.describe()
+        files = [path.name for path in result.files]
+        return {**described, "files": files, "problems": problems}
 
     def _build_config(self, folders: tuple[Path, Path], data: tuple[Path, ...]) -> BuildConfig:
         options = dict(self.turn.manifest.store)
@@ -292,24 +292,10 @@ class _Run:
 
     def _build(self, replayed: Mapping[str, Any]) -> dict[str, Any]:
         folders = (self.lineage.folder(self.parent), self.lineage.folder(self.grandparent))
-        gold = tuple(self._marked(path, True) for path in self.inputs.gold)
-        texts = self.inputs.train
-        replays = tuple(self.out / "replay" / f"{name}.jsonl" for name in replayed["generations"])
-        store = build(self._build_config(folders, gold + texts + replays), stop=self.stop)
-        return _describe_store(store)
-
-    def _marked(self, path: Path, gold: bool) -> Path:
-        """A copy of a file whose documents are all marked as gold."""
-        lines = []
-        for document in read_documents((path,)):
-            content = {"messages": document.messages, "text": document.text}
-            kept = {key: value for key, value in content.items() if value is not None}
-            lines.append(json.dumps({**kept, "gold": gold}, ensure_ascii=False) + "\n")
-        number = self.inputs.gold.index(path)
-        marked = self.out / "gold" / f"{path.stem}{f'-{number}' if number else ''}.jsonl"
-        make_durable_folder(marked.parent)
-        write_atomic(marked, "".join(lines))
-        return marked
+        replays = [self.out / "replay" / name for name in replayed["files"]]
+        data = mark_gold(self.inputs.train, self.inputs.gold, replays, self.out / "gold")
+        store = build(self._build_config(folders, tuple(data.files)), stop=self.stop)
+        return {**_describe_store(store), "gold_documents": data.gold_documents}
 
     def _training_settings(self) -> dict[str, Any]:
         settings = self.turn.training_settings()
@@ -389,17 +375,18 @@ def _find_inputs(turn: Turn, lineage: Lineage) -> Inputs:
     known = lineage.generations().get(parent, {})
     problems = []
     if not train and not gold:
-        train = tuple(lineage.recorded_data(parent)[0]) if known else ()
-        if not train:
+        recorded = lineage.recorded_data(parent) if known else {}
+        train = tuple(p for p, sha in recorded.items() if p.exists() and fingerprint(p) == sha)
+        if not train or len(train) < len(recorded):
             problems.append(
-                "data.train: is missing; expected files to learn from, because the lineage has no "
-                f"data of {parent} on record"
+                "data.train: is missing; expected files to learn from, because what the lineage "
+                f"has on record of {parent} is {'nothing' if not recorded else 'gone or changed'}"
             )
     if suite is None:
-        recorded = known.get("suite")
-        if recorded is not None:
-            suite = Path(os.path.normpath(lineage.root.absolute() / recorded["path"]))
-            if not suite.is_file() or fingerprint(suite) != recorded["sha256"]:
+        judged = known.get("suite")
+        if judged is not None:
+            suite = Path(os.path.normpath(lineage.root.absolute() / judged["path"]))
+            if not suite.is_file() or fingerprint(suite) != judged["sha256"]:
                 problems.append(
                     f"data.suite: is missing, and the one that {parent} was judged with, {suite}, "
                     "is gone or changed"

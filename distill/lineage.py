@@ -13,7 +13,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,16 @@ from typing import Any
 from logitcache.errors import InputError, ResourceError, StoreError, UsageError
 from logitcache.files import (
     delete,
-    file_sha256,
     lock,
     make_durable_folder,
+    parts_of,
     publish_folder,
     to_json,
     write_atomic,
     write_durable,
 )
+
+from .replay import data_fingerprint
 
 HEAD_FILE, LOG_FILE, RECORD_FILE, VERDICT_FILE = (
     *("HEAD", "log.jsonl", "generation.json", "verdict.json"),
@@ -122,19 +124,12 @@ class Lineage:
                 waiting += [p for p in (record.get("parent"), record.get("grandparent")) if p]
         return found
 
-    def recorded_data(self, name: str) -> tuple[list[Path], list[str]]:
-        """The files that a generation was trained on, and what is wrong with those that are not
-        what they were."""
-        usable, problems = [], []
-        for entry in self.generation(name).get("data", []):
-            path = Path(os.path.normpath(self.root.absolute() / entry["path"]))
-            if not path.exists():
-                problems.append(f"{path}: is gone")
-            elif fingerprint(path) != entry["sha256"]:
-                problems.append(f"{path}: is not the file that {name} was trained on")
-            else:
-                usable.append(path)
-        return usable, problems
+    def recorded_data(self, name: str) -> dict[Path, str]:
+        """The files that a generation was trained on, with their fingerprints then."""
+        return {
+            Path(os.path.normpath(self.root.absolute() / entry["path"])): entry["sha256"]
+            for entry in self.generation(name).get("data", [])
+        }
 
     def entry(self, event: str, generation: str, turn: str | None) -> dict[str, Any] | None:
         """The log's entry of an event that happens once to a generation in a turn, if it has."""
@@ -188,7 +183,9 @@ class Lineage:
         staged = self.root / STAGING / target.name
         delete(staged)  # of a process that died
         make_durable_folder(staged)
-        files: dict[str, bytes | Path] = {n: source / n for n in model_files(source)}
+        files: dict[str, bytes | Iterable[bytes]] = {
+            name: parts_of(source / name) for name in model_files(source)
+        }
         files[RECORD_FILE] = to_json(record).encode("utf-8")
         if record["verdict"] is not None:
             files[VERDICT_FILE] = to_json(record["verdict"]).encode("utf-8")
@@ -336,17 +333,10 @@ def describe_data(paths: Sequence[Path], root: Path) -> list[dict[str, Any]]:
 
 
 def fingerprint(path: Path) -> str:
-    """sha256 of a file, or of the names and hashes of a folder's files; InputError if it is not
-    there."""
-    if path.is_dir():
-        import hashlib
-
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        lines = [f"{file_sha256(p)} {p.relative_to(path)}\n" for p in files]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-    if not path.is_file():
+    """See data_fingerprint; InputError for what is not there."""
+    if not path.exists():
         raise InputError(f"{path}: no such file or folder", "check the paths of this command")
-    return file_sha256(path)
+    return data_fingerprint(path)
 
 
 def model_files(folder: Path) -> list[str]:

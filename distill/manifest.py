@@ -22,6 +22,7 @@ from logitcache.errors import UsageError
 
 from .gates import GateSettings
 from .lineage import ID_PATTERN
+from .replay import FRACTION
 
 METHOD, TRAINING_METHOD = "logit_blending_kd", "teacher_student_distillation"
 _MAX_MANIFEST_BYTES = 1 << 20
@@ -102,16 +103,25 @@ class Stabilizers(_Section):
 
 
 class Data(_Section):
-    train: tuple[Path, ...] = Field((), description="texts to learn from, as of logitcache build")
-    gold: tuple[Path, ...] = Field((), description="curated texts: only their labels are gold")
-    suite: Path | None = Field(None, description="JSONL of the gates; else that of the parent")
+    train: tuple[Path, ...] = Field(
+        default=(), description="texts to learn from, as of logitcache build"
+    )
+    gold: tuple[Path, ...] = Field(
+        default=(), description="curated texts: only their labels are gold"
+    )
+    suite: Path | None = Field(
+        default=None, description="JSONL of the gates; else that of the parent"
+    )
 
 
 class Replay(_Section):
-    fraction: float = Field(0.1, gt=0, lt=1, description="of the mix that is replayed, about")
-    seed: int = Field(0, ge=0, description="of the sample")
+    fraction: float = Field(
+        default=FRACTION, gt=0, lt=1, description="of the mix that is replayed, at most"
+    )
+    seed: int = Field(default=0, ge=0, description="of the sample")
     data: dict[str, tuple[Path, ...]] = Field(
-        {}, description="what the two teachers were trained on, by id, when they are registered"
+        default={},
+        description="what the two teachers were trained on, by id, when they are registered",
     )
 
 

@@ -24,6 +24,8 @@ from logitcache_kernels import (
     linear_distill_loss,
 )
 
+from .source_loss import source_sums
+
 # What forward() sums over a batch, in this order; see batch_sums.
 SUM_NAMES = ("valid", *STRATEGY_NAMES, "js", "ce", "kd", "ce_valid", "kl", "kl_positions")
 
@@ -47,7 +49,8 @@ def attach_loss(model: Any, spec: DistillSpec, chunk: int | None = None) -> None
 
     With teachers the forward returns {"loss": scalar, "sums": float64 tensor in the order of
     SUM_NAMES}; with evaluate=True it also fills the sums of plain cross entropy and KL, without
-    gradients.
+    gradients. Given sources, the sums end with those of ``source_sums``: of the parts CE and KD of
+    the loss, or of plain cross entropy with evaluate=True.
     """
     plain_forward = model.forward
 
@@ -72,6 +75,8 @@ def _distill_forward(
     num_items: torch.Tensor | float | None = None,
     evaluate: bool = False,
     num_tokens: int = 0,
+    sources: torch.Tensor | None = None,
+    num_sources: int = 0,
     **others: Any,
 ) -> dict[str, torch.Tensor]:
     # Adapters (PEFT) pass on every argument of a forward, as None where it was not given.
@@ -94,8 +99,20 @@ def _distill_forward(
         gold_R=gold.flatten(),
         num_items=num_items,
     )
-    cross_entropy = _cross_entropy_sum(hidden_RD, head, labels_R) if evaluate else 0.0
-    return {"loss": output.loss, "sums": batch_sums(output, labels_R, spec, cross_entropy)}
+    cross_entropy_R = _cross_entropy(hidden_RD, head, labels_R) if evaluate else None
+    sums = batch_sums(output, labels_R, spec, cross_entropy_R)
+    if sources is not None:
+        loss_R = cross_entropy_R
+        if loss_R is None:
+            loss_R = output.weight_R * (spec.alpha * output.ce_R + spec.beta * output.kd_R)
+        by_source = source_sums(loss_R, labels_R != -100, sources.flatten(), num_sources)
+        sums = torch.cat((sums, by_source))
+    return {"loss": output.loss, "sums": sums}
+
+
+def zero_sums(num_sources: int, device: torch.device) -> torch.Tensor:
+    """What sums of batches with so many sources are added to."""
+    return torch.zeros(len(SUM_NAMES) + 2 * num_sources, dtype=torch.float64, device=device)
 
 
 @torch.no_grad()
@@ -103,12 +120,12 @@ def batch_sums(
     output: DistillOutput,
     labels_R: torch.Tensor,
     spec: DistillSpec,
-    cross_entropy: torch.Tensor | float,
+    cross_entropy_R: torch.Tensor | None,
 ) -> torch.Tensor:
     """Sums over a batch in the order of SUM_NAMES: valid positions, positions of each strategy, JS
     in bits, the parts alpha * CE and beta * T^2 D of the loss, cross entropy of all valid
-    positions, and KL = T^2 D over the positions with a teacher target (kl_positions: BLENDED and
-    T1_ONLY).
+    positions (0 unless given), and KL = T^2 D over the positions with a teacher target
+    (kl_positions: BLENDED and T1_ONLY).
     """
     valid_R = labels_R != -100
     strategy_R = output.strategy_R.masked_fill(~valid_R, -1)
@@ -120,29 +137,31 @@ def batch_sums(
         output.js_R.double().sum(),
         spec.alpha * (weight_R * output.ce_R).sum(),
         spec.beta * (weight_R * output.kd_R).sum(),
-        torch.as_tensor(cross_entropy, device=labels_R.device),
+        weight_R.new_zeros(()) if cross_entropy_R is None else cross_entropy_R.double().sum(),
         (output.kd_R.double() * has_target_R).sum(),
         has_target_R.sum(),
     ]
     return torch.stack([value.double() for value in sums])
 
 
-def _cross_entropy_sum(hidden_RD: torch.Tensor, head: Head, labels_R: torch.Tensor) -> torch.Tensor:
-    """Sum of cross entropy at T = 1 over valid positions, in chunks."""
+def _cross_entropy(hidden_RD: torch.Tensor, head: Head, labels_R: torch.Tensor) -> torch.Tensor:
+    """Cross entropy at T = 1, float32, 0 where there is no label; in chunks."""
     (kept,) = (labels_R != -100).nonzero(as_tuple=True)
     chunk = max(2**25 // head.weight_VD.shape[0], 16)
-    total = torch.zeros((), dtype=torch.float64, device=hidden_RD.device)
+    found_R = torch.zeros(labels_R.shape, dtype=torch.float32, device=hidden_RD.device)
     for rows in kept.split(chunk):
         logits_RV = head_logits(
             hidden_RD[rows], head.weight_VD, head.bias_V, head.softcap, head.scale
         ).float()
-        total += torch.nn.functional.cross_entropy(logits_RV, labels_R[rows], reduction="sum")
-    return total
+        found_R[rows] = torch.nn.functional.cross_entropy(
+            logits_RV, labels_R[rows], reduction="none"
+        )
+    return found_R
 
 
 def as_metrics(sums: torch.Tensor) -> dict[str, float]:
     """Shares, mean JS and parts of the loss from summed SUM_NAMES."""
-    value = dict(zip(SUM_NAMES, sums.tolist(), strict=True))
+    value = dict(zip(SUM_NAMES, sums[: len(SUM_NAMES)].tolist(), strict=True))
     valid = max(value["valid"], 1.0)
     metrics = {f"share_{name.lower()}": value[name] / valid for name in STRATEGY_NAMES}
     metrics["mean_js"] = value["js"] / valid

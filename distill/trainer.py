@@ -23,7 +23,8 @@ from logitcache.tokenise import content_sha256, describe_difference, tokenizer_c
 from .config import DistillConfig
 from .ema import WeightAverage
 from .evaluate import evaluation_spec, held_out_metrics, summed
-from .student import SUM_NAMES, as_metrics, attach_loss, to_inputs
+from .source_loss import reported_sources, source_inputs, source_metrics
+from .student import SUM_NAMES, as_metrics, attach_loss, to_inputs, zero_sums
 
 
 class _RowNumbers(Dataset[int]):
@@ -40,11 +41,13 @@ class _RowNumbers(Dataset[int]):
 
 
 class _Collator:
-    def __init__(self, reader: StoreReader, temperature: float):
-        self.reader, self.temperature = reader, temperature
+    def __init__(self, reader: StoreReader, temperature: float, num_sources: int):
+        self.reader, self.temperature, self.num_sources = reader, temperature, num_sources
 
     def __call__(self, rows: list[int]) -> dict[str, Any]:
-        return to_inputs(self.reader[rows], self.temperature)
+        batch = self.reader[rows]
+        sources = source_inputs(self.reader, batch, self.num_sources)
+        return to_inputs(batch, self.temperature) | sources
 
 
 def check_fit(
@@ -134,13 +137,14 @@ class DistillTrainer(Trainer):
                 check_fit(reader, core, processing_class, args)
         check_model(core, Path(getattr(core.config, "_name_or_path", "") or "student"))
         self.spec = args.spec()
+        self.sources = reported_sources(self.reader)
         self._core = core
         self._plain_forward = core.forward
         attach_loss(core, self.spec, args.loss_chunk)
         super().__init__(
             model=model,
             args=args,
-            data_collator=_Collator(self.reader, self.spec.temperature),
+            data_collator=_Collator(self.reader, self.spec.temperature, len(self.sources)),
             train_dataset=_RowNumbers(len(self.reader)),
             eval_dataset=None if self.eval_reader is None else _RowNumbers(len(self.eval_reader)),
             processing_class=processing_class,
@@ -209,7 +213,7 @@ class DistillTrainer(Trainer):
     # ---- metrics ----
 
     def _reset_sums(self) -> None:
-        self._sums = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=self.args.device)
+        self._sums = zero_sums(len(self.sources), self.args.device)
         self._tokens, self._since = 0, time.monotonic()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -220,7 +224,9 @@ class DistillTrainer(Trainer):
             if self.accelerator.num_processes > 1:
                 sums = self.accelerator.reduce(sums, "sum")
                 tokens = self.accelerator.reduce(tokens, "sum")
+            sums = sums.cpu()  # one wait for all that is read of it
             logs.update(as_metrics(sums))
+            logs.update(source_metrics(sums[len(SUM_NAMES) :], self.sources))
             logs["loss_agreement"] = logs["loss"] - logs["loss_ce"] - logs["loss_kd"]
             elapsed = time.monotonic() - self._since
             logs["tokens_per_second"] = float(tokens) / elapsed if elapsed > 0 else 0.0
@@ -245,23 +251,25 @@ class DistillTrainer(Trainer):
         model.eval()
         model.forward = self._plain_forward
         attach_loss(model, evaluation_spec(self.spec), self.args.loss_chunk)
+        sources = reported_sources(self.eval_reader)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         loader = DataLoader(
             _RowNumbers(len(self.eval_reader)),
             batch_size=self.args.per_device_eval_batch_size,
             sampler=list(range(rank, len(self.eval_reader), world)),
-            collate_fn=_Collator(self.eval_reader, 1.0),
+            collate_fn=_Collator(self.eval_reader, 1.0, len(sources)),
             num_workers=self.args.dataloader_num_workers,
         )
         try:
             with self.averaged_weights(), self.accelerator.autocast():
-                sums = summed(model, loader, self.args.device)
+                sums = summed(model, loader, self.args.device, len(sources))
         finally:
             model.forward = with_loss
             model.train(was_training)
         if world > 1:
             sums = self.accelerator.reduce(sums, "sum")
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in held_out_metrics(sums).items()}
+        found = held_out_metrics(sums) | source_metrics(sums[len(SUM_NAMES) :], sources)
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
         self.log(metrics)
         self._since = time.monotonic()
         self.control = self.callback_handler.on_evaluate(

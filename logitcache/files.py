@@ -11,9 +11,8 @@ import itertools
 import json
 import os
 import resource
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +57,16 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write(path: Path, content: bytes | Path) -> None:
-    """Write a file, or copy one, and make what is in it survive a power loss (its name:
-    fsync_path)."""
+def _write(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file and make what is in it survive a power loss (its name: fsync_path)."""
     failpoint("write", path)
     try:
         with open(path, "wb") as file:
-            if isinstance(content, Path):
-                with open(content, "rb") as source:
-                    shutil.copyfileobj(source, file, 1 << 20)
-            else:
-                file.write(content)
+            file.writelines((content,) if isinstance(content, bytes) else content)
             file.flush()
             failpoint("sync file", path)
             os.fsync(file.fileno())
-    except OSError:  # a full disk: half a file is of no use
+    except BaseException:  # a full disk, or no more parts: half a file is of no use
         with contextlib.suppress(OSError):
             path.unlink()
         raise
@@ -115,9 +109,10 @@ def make_durable_folder(path: Path) -> None:
             fsync_path(made.parent)
 
 
-def write_durable(root: Path, files: Mapping[str, bytes | Path]) -> None:
+def write_durable(root: Path, files: Mapping[str, bytes | Iterable[bytes]]) -> None:
     """Write files, by name within root, so that each is whole or absent, and all are still there
-    after a power loss; a path is copied from. One sync a file and one a folder."""
+    after a power loss. One sync a file and one a folder. A file may be given as parts, which are
+    then made one by one while it is written."""
     folders: set[Path] = set()
     for name, content in files.items():
         path = root / name
@@ -128,6 +123,13 @@ def write_durable(root: Path, files: Mapping[str, bytes | Path]) -> None:
         folders |= {*path.parents[: len(Path(name).parts)]}
     for folder in sorted(folders, reverse=True):  # inner ones first
         fsync_path(folder)
+
+
+def parts_of(path: Path) -> Iterator[bytes]:
+    """What is in a file, a mebibyte at a time: for write_durable to copy."""
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            yield part
 
 
 def write_atomic(path: Path, content: str) -> None:

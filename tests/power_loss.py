@@ -27,14 +27,13 @@ def recorded() -> Iterator[list[Change]]:
 
     def recorder(name: str):
         def record(path: Path, *rest: object) -> None:
+            if name == "_write" and not isinstance(rest[0], bytes):  # given in parts
+                rest = (b"".join(rest[0]),)
             before[name](path, *rest)
             kind = name.strip("_")
             if kind == "rename":
                 path, rest = rest[0], (path,)
-            content = rest[0] if rest else None
-            if kind == "write" and isinstance(content, Path):  # a copy
-                content = content.read_bytes()
-            log.append((kind, path.absolute(), content))
+            log.append((kind, path.absolute(), rest[0] if rest else None))
             if kind == "write":
                 log.append(("sync", path.absolute(), None))
 

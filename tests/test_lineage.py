@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -212,11 +213,10 @@ def test_init_registers_once_and_refuses_what_does_not_fit(tmp_path: Path) -> No
     found = Lineage(tmp_path / "L")
     assert found.generation("B")["parent"] == "A"
     assert found.ancestors("B") == ["B", "A"]
-    assert found.recorded_data("A") == ([tmp_path / "data.jsonl"], [])
-    (tmp_path / "data.jsonl").write_text('{"text": "y"}\n')
-    assert "is not the file that A was trained on" in found.recorded_data("A")[1][0]
-    (tmp_path / "data.jsonl").unlink()
-    assert "is gone" in found.recorded_data("A")[1][0]
+    ((path, sha256),) = found.recorded_data("A").items()
+    assert path == tmp_path / "data.jsonl"
+    assert sha256 == hashlib.sha256(b'{"text": "x"}\n').hexdigest()
+    assert found.recorded_data("B") == {}
     # One that comes later does not move HEAD.
     more = ["lineage", "init", "--lineage", tmp_path / "L", "--add", f"C={one}", "--json"]
     assert json.loads(run(*more).stdout) == {"registered": ["C"], "head": "B"}
