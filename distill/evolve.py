@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcache import build
-from logitcache.causal_lm import model_identity
+from logitcache.causal_lm import check_fits, model_identity
 from logitcache.config import BuildConfig, build_config
 from logitcache.environment import describe_environment
 from logitcache.errors import Interrupted, StoreError, UsageError
@@ -36,6 +36,7 @@ from .lineage import (
     Lineage,
     Member,
     Note,
+    check_members,
     check_place,
     describe_data,
     fingerprint,
@@ -123,14 +124,18 @@ class _Run:
         teachers = self.turn.manifest.teachers
         folder1, folder2 = (self.turn.path(t.path) for t in (teachers.teacher1, teachers.teacher2))
         check_judgeable(folder1, folder2, self.inputs.suite, self.inputs.laws)
-        self._build_config((folder1, folder2), self.inputs.train or self.inputs.gold)
+        members = self._members(folder1, folder2)
+        check_members(self.lineage, members)
+        built = self._build_config((folder1, folder2), self.inputs.train or self.inputs.gold)
+        for name, folder in (("teacher1", folder1), ("teacher2", folder2)):
+            check_fits(folder, name, 0, built.seq_len)
         TrainRequest(self.out, folder1, self.out, None, self._training_settings()).config()
         check_place(self.lineage.folder(self.child), self.turn_id)
         check_place(failed_folder(self.lineage, candidate), self.turn_id)
         self._open_record(fresh)
-        self._register(folder1, folder2)
+        self._register(members)
         replayed = self._stage("replay", self._replay)
-        built = self._stage("build", lambda: self._build(replayed))
+        store = self._stage("build", lambda: self._build(replayed))
         trained = self._stage("train", self._train)
         self._stage("evaluate", self._evaluate)
         candidate = Candidate(
@@ -143,7 +148,7 @@ class _Run:
                 # What was replayed is recorded where it comes from: a later turn replays it there.
                 "data": describe_data(self.inputs.gold + self.inputs.train, self.lineage.root),
                 "suite": describe_data([self.inputs.suite], self.lineage.root)[0],
-                "store": built,
+                "store": store,
                 "manifest": self.turn.document,
                 "metrics": trained,
             },
@@ -219,17 +224,19 @@ class _Run:
 
     # ---- stages ----
 
-    def _register(self, folder1: Path, folder2: Path) -> None:
+    def _members(self, folder1: Path, folder2: Path) -> list[Member]:
         replay = self.turn.manifest.replay
         data = {} if replay is None else replay.data
-        known = self.lineage.generations()
-        members = [
+        return [
             Member(name, folder, tuple(map(self.turn.path, data.get(name, ()))), parent)
             for name, folder, parent in (
                 (self.grandparent, folder2, None),
                 (self.parent, folder1, self.grandparent),
             )
         ]
+
+    def _register(self, members: list[Member]) -> None:
+        known = self.lineage.generations()
         for member in members:
             if member.name in known and member.data:
                 self.note(f"replay.data.{member.name}: not used, {member.name} is registered")

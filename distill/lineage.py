@@ -251,11 +251,9 @@ def register(lineage: Lineage, members: Sequence[Member]) -> list[str]:
     """
     from logitcache.causal_lm import model_identity
 
+    check_members(lineage, members)
     identities = {member.name: model_identity(member.folder) for member in members}
     data = {member.name: describe_data(member.data, lineage.root) for member in members}
-    for member in members:
-        check_name(member.name)
-        _check_same_model(lineage, member.name, identities[member.name])
     added = []
     for member in members:
         target = lineage.folder(member.name)
@@ -285,6 +283,25 @@ def register(lineage: Lineage, members: Sequence[Member]) -> list[str]:
     if lineage.head is None:
         lineage.move_head(members[-1].name)
     return added
+
+
+def check_members(lineage: Lineage, members: Sequence[Member]) -> None:
+    """UsageError for models that cannot be registered: a name taken by other weights."""
+    from logitcache.causal_lm import model_identity
+
+    for member in members:
+        check_name(member.name)
+        target = lineage.folder(member.name)
+        if not (target.exists() or target.is_symlink()):
+            continue
+        if not (target / RECORD_FILE).is_file():
+            check_place(target, "")
+        if _read_record(target / RECORD_FILE)["model"] != model_identity(member.folder):
+            raise UsageError(
+                f"{lineage.root}: generation {member.name} is there with other weights than the "
+                "ones given",
+                f"give {target}, or another id",
+            )
 
 
 def rollback(lineage: Lineage, name: str, reason: str) -> bool:
@@ -350,19 +367,6 @@ def model_files(folder: Path) -> list[str]:
     ]
     more = folder / "additional_chat_templates"
     return sorted(names + [f"{more.name}/{path.name}" for path in more.glob("*.jinja")])
-
-
-def _check_same_model(lineage: Lineage, name: str, identity: Mapping[str, Any]) -> None:
-    target = lineage.folder(name)
-    if not (target.exists() or target.is_symlink()):
-        return
-    if not (target / RECORD_FILE).is_file():
-        check_place(target, "")
-    if _read_record(target / RECORD_FILE)["model"] != identity:
-        raise UsageError(
-            f"{lineage.root}: generation {name} is there with other weights than the ones given",
-            f"give {target}, or another id",
-        )
 
 
 def _check_one_filesystem(root: Path) -> None:

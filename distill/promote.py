@@ -15,22 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logitcache.causal_lm import check_model_folder, model_identity
+from logitcache.causal_lm import model_identity
 from logitcache.errors import LogitCacheError, StoreError, UsageError
 from logitcache.files import file_sha256, to_json
-from logitcache.tokenise import (
-    content_sha256,
-    describe_difference,
-    load_tokenizer,
-    tokenizer_content,
-)
+from logitcache.tokenise import load_tokenizer
 
-from .gates import GateSettings, judge
+from .gates import GATE_NAMES, GateSettings, check_same_tokenizer, judge
 from .laws import read_laws
 from .lineage import FAILED, Lineage, Note, check_name, check_place, writing
 from .suite import read_suite
 
-GATES = ("recall", "generalize", "tone", "laws")
 EXIT_REJECTED = 10
 _RESOURCES = (OSError, MemoryError, KeyboardInterrupt, SystemExit)
 
@@ -220,19 +214,10 @@ def failed_folder(lineage: Lineage, candidate: Candidate) -> Path:
 def check_judgeable(candidate: Path, reference: Path, suite: Path, laws: Path | None) -> None:
     """Refuse what no gate could judge, before time is spent on it: files that cannot be read, and
     models of two tokenizers."""
-    read_suite(suite)
+    questions = read_suite(suite)
+    check_same_tokenizer([reference, candidate])
     if laws is not None:
-        read_laws(laws)
-    contents = []
-    for folder in (candidate, reference):
-        check_model_folder(folder)
-        contents.append(tokenizer_content(load_tokenizer(folder)))
-    if content_sha256(contents[0]) != content_sha256(contents[1]):
-        difference = describe_difference(contents[1], contents[0])
-        raise StoreError(
-            f"{candidate}: its tokenizer is not that of {reference}: {difference}",
-            "a lineage keeps one tokenizer, token for token",
-        )
+        read_laws(laws).check_fits(questions, load_tokenizer(candidate))
 
 
 def judge_soundly(
@@ -264,7 +249,7 @@ def checked(verdict: Mapping[str, Any]) -> dict[str, Any]:
     """A verdict that promotes only if each of the four gates is there, passed and has numbers."""
     gates = {gate["name"]: dict(gate) for gate in verdict["gates"]}
     reasons = list(verdict["reasons"])
-    for name in GATES:
+    for name in GATE_NAMES:
         gate = gates.setdefault(name, _no_gate(name, "was not evaluated"))
         for key in ("score", "teacher_score", "threshold", "interval"):
             if _has_nonfinite(gate.get(key)):
@@ -275,10 +260,10 @@ def checked(verdict: Mapping[str, Any]) -> dict[str, Any]:
             gate["passed"] = False
             if not any(reason.startswith(name) for reason in reasons):
                 reasons.append(f"{name}: {gate.get('note') or 'failed'}")
-    passed = all(gates[name]["passed"] for name in GATES) and verdict["verdict"] == "promoted"
+    passed = all(gates[name]["passed"] for name in GATE_NAMES) and verdict["verdict"] == "promoted"
     return {
         **verdict,
-        "gates": [gates[name] for name in GATES],
+        "gates": [gates[name] for name in GATE_NAMES],
         "reasons": reasons,
         "verdict": "promoted" if passed else "rejected",
     }
@@ -290,7 +275,7 @@ def digest(value: Any) -> str:
 
 
 def _rejected(reason: str) -> dict[str, Any]:
-    gates = [_no_gate(name, "was not evaluated") for name in GATES]
+    gates = [_no_gate(name, "was not evaluated") for name in GATE_NAMES]
     return {"verdict": "rejected", "reasons": [reason], "gates": gates, "settings": {}}
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from crash_worker import forked
 from power_loss import Disk, losses, recorded
 
+from distill.gates import GATE_NAMES
 from distill.lineage import GENERATIONS, Lineage, Member, open_lineage, register, rollback, writing
-from distill.promote import GATES, Candidate, admit
+from distill.promote import Candidate, admit
 from logitcache.causal_lm import model_identity
 from logitcache.errors import LogitCacheError
 
@@ -37,7 +38,7 @@ def verdict(passed: bool) -> dict:
         "verdict": "promoted" if passed else "rejected",
         "reasons": [] if passed else ["recall: 0.1 is below 0.45"],
         "gates": [
-            {"name": n, "interval": None, "failing": [], "note": None, **gate} for n in GATES
+            {"name": n, "interval": None, "failing": [], "note": None, **gate} for n in GATE_NAMES
         ],
     }
 

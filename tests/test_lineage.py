@@ -17,8 +17,9 @@ from click.testing import CliRunner, Result
 from lineage_worker import make_folder, verdict
 
 from distill.cli import cli
+from distill.gates import GATE_NAMES
 from distill.lineage import Lineage, Member, open_lineage, register, writing
-from distill.promote import GATES, Candidate, admit, checked, finished
+from distill.promote import Candidate, admit, checked, finished
 from logitcache.errors import LockedError, ResourceError, StoreError, UsageError
 
 WORKER = Path(__file__).with_name("lineage_worker.py")
@@ -82,7 +83,7 @@ def test_promotion_moves_head_and_keeps_verdict_and_parents(root: Path) -> None:
     assert record["verdict"] == verdict(True)
     entry = open_lineage(root).log()[-1]
     assert (entry["event"], entry["head_before"], entry["head"]) == ("promote", "G10", "G11")
-    assert set(entry["gates"]) == set(GATES)
+    assert set(entry["gates"]) == set(GATE_NAMES)
     assert "note" not in entry
 
 
@@ -286,7 +287,7 @@ def test_a_gate_that_is_missing_or_gives_no_number_rejects(change: dict | None) 
         document["gates"][1] |= change
     found = checked(document)
     assert found["verdict"] == "rejected"
-    assert [gate["name"] for gate in found["gates"]] == list(GATES)
+    assert [gate["name"] for gate in found["gates"]] == list(GATE_NAMES)
     assert [gate["passed"] for gate in found["gates"]] == [True, False, True, True]
     assert any(reason.startswith("generalize") for reason in found["reasons"])
     json.dumps(found, allow_nan=False)
