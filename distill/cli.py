@@ -158,6 +158,11 @@ def _describe_plan(request: Any, fresh: bool) -> tuple[dict[str, Any], str]:
     }
     lines = ["store, student and settings fit; would train:"]
     lines += [f"{key:14} {value}" for key, value in document.items()]
+    if trainer.taboo is not None:
+        from .taboo import describe_taboo, render_taboo
+
+        document["taboo"] = describe_taboo(trainer.taboo, trainer.processing_class, trainer.reader)
+        lines += render_taboo(document["taboo"])
     return document, "\n".join(lines)
 
 

@@ -77,6 +77,8 @@ def _distill_forward(
     num_tokens: int = 0,
     sources: torch.Tensor | None = None,
     num_sources: int = 0,
+    taboo_ids: torch.Tensor | None = None,
+    taboo_BLK: torch.Tensor | None = None,
     **others: Any,
 ) -> dict[str, torch.Tensor]:
     # Adapters (PEFT) pass on every argument of a forward, as None where it was not given.
@@ -97,6 +99,8 @@ def _distill_forward(
         scale=head.scale,
         chunk=chunk,
         gold_R=gold.flatten(),
+        taboo_ids=taboo_ids,
+        taboo_RK=None if taboo_BLK is None else taboo_BLK.flatten(0, 1),
         num_items=num_items,
     )
     cross_entropy_R = _cross_entropy(hidden_RD, head, labels_R) if evaluate else None

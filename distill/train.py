@@ -21,7 +21,7 @@ from logitcache import open_store
 from logitcache.causal_lm import load_causal_lm, model_identity
 from logitcache.environment import describe_environment, gpu_memory_peak_bytes
 from logitcache.errors import Interrupted, StoreError, UsageError
-from logitcache.files import clear_folder, lock, to_json, write_atomic
+from logitcache.files import clear_folder, file_sha256, lock, to_json, write_atomic
 from logitcache.tokenise import load_tokenizer
 
 from .config import DistillConfig, distill_config
@@ -34,6 +34,7 @@ _NO_IDENTITY = (
     *("output_dir", "dataloader_", "logging_", "report_to", "disable_tqdm", "run_name"),
     *("save_", "hub_", "push_to_hub"),
 )
+_FILE_SETTINGS = ("taboo_words",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +140,9 @@ def run_identity(request: TrainRequest, config: DistillConfig) -> dict[str, Any]
     """What makes two runs the same: store contents, student weights, settings, processes."""
     store = open_store(request.store)
     settings = {k: v for k, v in config.to_dict().items() if not k.startswith(_NO_IDENTITY)}
+    for name in _FILE_SETTINGS:  # what is in a file counts, not where it lies
+        if settings.get(name) is not None:
+            settings[name] = f"sha256 {_file_setting_sha256(name, Path(settings[name]))}"
     identity = {
         "store": {"data": store.manifest["data_sha256"], "teachers": store.store.teachers},
         "student": model_identity(request.student),
@@ -148,6 +152,12 @@ def run_identity(request: TrainRequest, config: DistillConfig) -> dict[str, Any]
     if request.eval_store is not None:
         identity["eval_store"] = open_store(request.eval_store).manifest["data_sha256"]
     return _plain(identity)
+
+
+def _file_setting_sha256(name: str, path: Path) -> str:
+    if not path.is_file():
+        raise UsageError(f"{name}: {path}: no such file", f"check the setting {name}")
+    return file_sha256(path)
 
 
 def _plain(value: Any) -> Any:

@@ -25,6 +25,7 @@ from .ema import WeightAverage
 from .evaluate import evaluation_spec, held_out_metrics, summed
 from .source_loss import reported_sources, source_inputs, source_metrics
 from .student import SUM_NAMES, as_metrics, attach_loss, to_inputs, zero_sums
+from .taboo import Taboo, configured_taboo
 
 
 class _RowNumbers(Dataset[int]):
@@ -41,13 +42,17 @@ class _RowNumbers(Dataset[int]):
 
 
 class _Collator:
-    def __init__(self, reader: StoreReader, temperature: float, num_sources: int):
-        self.reader, self.temperature, self.num_sources = reader, temperature, num_sources
+    def __init__(
+        self, reader: StoreReader, temperature: float, num_sources: int, taboo: Taboo | None = None
+    ):
+        self.reader, self.temperature = reader, temperature
+        self.num_sources, self.taboo = num_sources, taboo
 
     def __call__(self, rows: list[int]) -> dict[str, Any]:
         batch = self.reader[rows]
-        sources = source_inputs(self.reader, batch, self.num_sources)
-        return to_inputs(batch, self.temperature) | sources
+        inputs = to_inputs(batch, self.temperature)
+        inputs |= source_inputs(self.reader, batch, self.num_sources)
+        return inputs if self.taboo is None else inputs | self.taboo.inputs(batch.rows)
 
 
 def check_fit(
@@ -138,13 +143,16 @@ class DistillTrainer(Trainer):
         check_model(core, Path(getattr(core.config, "_name_or_path", "") or "student"))
         self.spec = args.spec()
         self.sources = reported_sources(self.reader)
+        self.taboo = configured_taboo(args, processing_class)
         self._core = core
         self._plain_forward = core.forward
         attach_loss(core, self.spec, args.loss_chunk)
         super().__init__(
             model=model,
             args=args,
-            data_collator=_Collator(self.reader, self.spec.temperature, len(self.sources)),
+            data_collator=_Collator(
+                self.reader, self.spec.temperature, len(self.sources), self.taboo
+            ),
             train_dataset=_RowNumbers(len(self.reader)),
             eval_dataset=None if self.eval_reader is None else _RowNumbers(len(self.eval_reader)),
             processing_class=processing_class,
