@@ -10,24 +10,22 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from logitcache import build
-from logitcache.causal_lm import check_fits, model_identity
+from logitcache.causal_lm import check_fits
 from logitcache.config import BuildConfig, build_config
 from logitcache.environment import describe_environment
 from logitcache.errors import Interrupted, StoreError, UsageError
 from logitcache.files import (
     clear_folder,
-    file_sha256,
     lock,
     make_durable_folder,
     to_json,
     write_atomic,
 )
-from logitcache.store import Store
+from logitcache.tokenise import load_tokenizer
 
 from .gold import mark_gold
 from .laws import Violation
@@ -39,7 +37,6 @@ from .lineage import (
     check_members,
     check_place,
     describe_data,
-    fingerprint,
     register,
     writing,
 )
@@ -55,21 +52,11 @@ from .promote import (
     judge_soundly,
 )
 from .replay import count_documents, sample_replay
-from .taboo import taboo_mass
+from .taboo import read_taboo, taboo_mass
 from .train import TrainRequest, train
+from .turn import check_folders, describe_store, find_inputs, longest_row, turn_identity
 
 EVOLVE_FILE, TABOO_FILE, LAWS_LOG = "evolve.json", "taboo.json", "laws.jsonl"
-_LONGEST_ROW = 2048
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The files of a turn, with what a lineage remembers put in where the manifest says nothing."""
-
-    train: tuple[Path, ...]
-    gold: tuple[Path, ...]
-    suite: Path
-    laws: Path | None
 
 
 def evolve(
@@ -92,7 +79,7 @@ def evolve(
             "run logitcache build, torchrun -m distill train and distill promote one by one",
         )
     turn = read_manifest(path)
-    _check_folders(turn)
+    check_folders(turn)
     with contextlib.ExitStack() as held:
         make_durable_folder(turn.output)
         held.enter_context(lock(turn.output / "evolve.lock"))
@@ -109,8 +96,8 @@ class _Run:
         self.parent, self.grandparent = request.parent_gen, request.grandparent_gen
         self.child = request.child_gen
         self.out = turn.output
-        self.inputs = _find_inputs(turn, lineage)
-        self.identity = _identity(turn, self.inputs)
+        self.inputs = find_inputs(turn, lineage)
+        self.identity = turn_identity(turn, self.inputs)
         self.turn_id = digest(self.identity)
         self.record: dict[str, Any] = {}
 
@@ -286,7 +273,7 @@ class _Run:
     def _build_config(self, folders: tuple[Path, Path], data: tuple[Path, ...]) -> BuildConfig:
         options = dict(self.turn.manifest.store)
         if "seq_len" not in options:
-            options["seq_len"] = min(_LONGEST_ROW, *map(_longest, folders))
+            options["seq_len"] = min(map(longest_row, folders))
         return build_config(
             {
                 **options,
@@ -302,7 +289,7 @@ class _Run:
         replays = [self.out / "replay" / name for name in replayed["files"]]
         data = mark_gold(self.inputs.train, self.inputs.gold, replays, self.out / "gold")
         store = build(self._build_config(folders, tuple(data.files)), stop=self.stop)
-        return {**_describe_store(store), "gold_documents": data.gold_documents}
+        return {**describe_store(store), "gold_documents": data.gold_documents}
 
     def _training_settings(self) -> dict[str, Any]:
         settings = self.turn.training_settings()
@@ -322,8 +309,6 @@ class _Run:
         return {"steps": record["steps"], "metrics": record["metrics"]}
 
     def _evaluate(self) -> dict[str, Any]:
-        settings = self.turn.manifest.train
-        device = "cpu" if settings.get("use_cpu") else self.turn.manifest.store.get("device")
         verdict = judge_soundly(
             self.out / "train",
             self.lineage.folder(self.parent),
@@ -333,7 +318,7 @@ class _Run:
             earlier=self.lineage.folder(self.grandparent),
             training_violations=_violations(self.out / "train" / LAWS_LOG),
             out=self.out,
-            device=device or "auto",
+            device=self._device(),
             stop=self.stop,
             note=self.note,
         )
@@ -345,108 +330,26 @@ class _Run:
         manifest = self.turn.manifest
         if not manifest.stabilizers.token_masking or manifest.taboo is None:
             return
-        words = self.turn.path(manifest.taboo.words)
-        folders = {"teacher1": self.lineage.folder(self.parent), "child": self.out / "train"}
+        section, folder = manifest.taboo, self.out / "train"
+        words = self.turn.path(section.words)
+        found = read_taboo(words, load_tokenizer(folder), section.variants)
         mass = {
-            name: taboo_mass(folder, self.out / "store", words) for name, folder in folders.items()
+            name: taboo_mass(
+                model,
+                self.out / "store",
+                words,
+                variants=section.variants,
+                device=self._device(),
+            )
+            for name, model in (("teacher1", self.lineage.folder(self.parent)), ("child", folder))
         }
-        document = {"words": words.read_text(encoding="utf-8").split("\n"), "mass": mass}
+        document = {"words": [word.text for word in found.words], "mass": mass}
         write_atomic(self.out / TABOO_FILE, to_json(document))
 
-
-def _check_folders(turn: Turn) -> None:
-    """Refuse an output that would mix with the lineage or in which --fresh would delete an
-    input."""
-    out, root = turn.output.resolve(), turn.lineage.resolve()
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{turn.output}: expected a folder, found a file")
-    if out.is_relative_to(root) or root.is_relative_to(out):
-        raise UsageError(
-            f"output {turn.output} and lineage {turn.lineage}: expected neither within the other"
-        )
-    manifest = turn.manifest
-    inputs = [manifest.teachers.teacher1.path, manifest.teachers.teacher2.path, manifest.laws]
-    inputs += [*manifest.data.train, *manifest.data.gold, manifest.data.suite]
-    inputs += [manifest.taboo.words] if manifest.taboo else []
-    for path in inputs:
-        if path is not None and turn.path(path).resolve().is_relative_to(out):
-            raise UsageError(f"output {turn.output}: holds the input {path}")
-
-
-def _find_inputs(turn: Turn, lineage: Lineage) -> Inputs:
-    manifest = turn.manifest
-    train = tuple(map(turn.path, manifest.data.train))
-    gold = tuple(map(turn.path, manifest.data.gold))
-    suite = manifest.data.suite and turn.path(manifest.data.suite)
-    parent = manifest.evolution_request.parent_gen
-    known = lineage.generations().get(parent, {})
-    problems = []
-    if not train and not gold:
-        recorded = lineage.recorded_data(parent) if known else {}
-        train = tuple(p for p, sha in recorded.items() if p.exists() and fingerprint(p) == sha)
-        if not train or len(train) < len(recorded):
-            problems.append(
-                "data.train: is missing; expected files to learn from, because what the lineage "
-                f"has on record of {parent} is {'nothing' if not recorded else 'gone or changed'}"
-            )
-    if suite is None:
-        judged = known.get("suite")
-        if judged is not None:
-            suite = Path(os.path.normpath(lineage.root.absolute() / judged["path"]))
-            if not suite.is_file() or fingerprint(suite) != judged["sha256"]:
-                problems.append(
-                    f"data.suite: is missing, and the one that {parent} was judged with, {suite}, "
-                    "is gone or changed"
-                )
-        else:
-            problems.append(
-                "data.suite: is missing; expected a file of the gates' items, because "
-                f"{parent} was not judged with one"
-            )
-    if problems or suite is None:
-        raise UsageError("\n".join(problems), "see `distill evolve --schema`, and docs/lineage.md")
-    laws = manifest.laws and turn.path(manifest.laws)
-    return Inputs(train, gold, suite, laws)
-
-
-def _identity(turn: Turn, inputs: Inputs) -> dict[str, Any]:
-    """What makes two turns the same: contents, not paths."""
-    manifest = turn.manifest
-    taboo = manifest.taboo if manifest.stabilizers.token_masking else None
-    teachers = manifest.teachers
-    settings = turn.training_settings()
-    return {
-        "evolution_request": manifest.evolution_request.model_dump(mode="json"),
-        "teachers": [
-            model_identity(turn.path(teacher.path))
-            for teacher in (teachers.teacher1, teachers.teacher2)
-        ],
-        "training_params": {
-            k: v for k, v in settings.items() if k not in ("taboo_words", "laws", "suite")
-        },
-        "stabilizers": manifest.stabilizers.model_dump(mode="json"),
-        "replay": manifest.replay and manifest.replay.model_dump(mode="json", exclude={"data"}),
-        "store": manifest.store,
-        "data": [fingerprint(path) for path in inputs.gold + inputs.train],
-        "suite": file_sha256(inputs.suite),
-        "laws": inputs.laws and file_sha256(inputs.laws),
-        "taboo": taboo and file_sha256(turn.path(taboo.words)),
-        "gates": manifest.gates.model_dump(mode="json"),
-    }
-
-
-def _describe_store(store: Store) -> dict[str, Any]:
-    keys = ("rows", "seq_len", "tokens", "valid_tokens", "data_sha256", "tokenizer_sha256")
-    described = {key: store.manifest[key] for key in keys}
-    described["sources"] = store.manifest.get("sources", [])
-    return {**described, "teachers": store.teachers}
-
-
-def _longest(folder: Path) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or _LONGEST_ROW)
+    def _device(self) -> str:
+        """Where the gates run: where training did, as far as the manifest says."""
+        manifest = self.turn.manifest
+        return "cpu" if manifest.train.get("use_cpu") else manifest.store.get("device") or "auto"
 
 
 def _violations(path: Path) -> list[Violation]:

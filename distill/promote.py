@@ -20,7 +20,8 @@ from logitcache.errors import LogitCacheError, StoreError, UsageError
 from logitcache.files import file_sha256, to_json
 from logitcache.tokenise import load_tokenizer
 
-from .gates import GATE_NAMES, GateSettings, check_same_tokenizer, judge
+from .ensemble import check_same_tokenizer
+from .gates import GATE_NAMES, GateSettings, judge
 from .laws import read_laws
 from .lineage import FAILED, Lineage, Note, check_name, check_place, writing
 from .suite import read_suite
