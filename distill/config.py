@@ -50,6 +50,12 @@ class DistillConfig(TrainingArguments):
     taboo_variants: bool = field(
         default=False, metadata={"help": "taboo words in lower, upper and title case too"}
     )
+    laws: str | None = field(
+        default=None, metadata={"help": "file of laws, checked at each evaluation and at the end"}
+    )
+    suite: str | None = field(
+        default=None, metadata={"help": "suite file whose law items are prompts for the laws"}
+    )
 
     ema_decay: float = field(
         default=0.999,

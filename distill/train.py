@@ -25,6 +25,7 @@ from logitcache.files import clear_folder, file_sha256, lock, to_json, write_ato
 from logitcache.tokenise import load_tokenizer
 
 from .config import DistillConfig, distill_config
+from .law_watch import LAWS_FILE, watch_laws
 from .trainer import DistillTrainer
 
 RUN_FILE, LOG_FILE, RAW_FOLDER, CHECKPOINTS = "run.json", "log.jsonl", "raw", "checkpoints"
@@ -34,7 +35,7 @@ _NO_IDENTITY = (
     *("output_dir", "dataloader_", "logging_", "report_to", "disable_tqdm", "run_name"),
     *("save_", "hub_", "push_to_hub"),
 )
-_FILE_SETTINGS = ("taboo_words",)
+_FILE_SETTINGS = ("taboo_words", "laws", "suite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,6 +276,7 @@ def make_trainer(request: TrainRequest, config: DistillConfig) -> DistillTrainer
     )
     for callback in (PrinterCallback, ProgressCallback):  # _Watch reports, stdout is for the result
         trainer.remove_callback(callback)
+    watch_laws(trainer, request.out / LAWS_FILE)
     return trainer
 
 
@@ -306,9 +308,10 @@ def _train(
         record["before"] = previous.get("before")
     if is_main:
         write_atomic(out / RUN_FILE, to_json(record))  # from here on the folder is this run's
-        _drop_later_records(
-            out / LOG_FILE, -1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-        )
+        for name in (LOG_FILE, LAWS_FILE):
+            _drop_later_records(
+                out / name, -1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+            )
     if checkpoint is None and trainer.eval_reader is not None:
         record["before"] = trainer.evaluate(metric_key_prefix="before")
         if is_main:
