@@ -7,6 +7,7 @@ that was interrupted goes on with the first that is not.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -28,7 +29,8 @@ from logitcache.files import (
 from logitcache.tokenise import load_tokenizer
 
 from .gold import mark_gold
-from .laws import Violation
+from .law_watch import LAWS_FILE, read_violations
+from .laws import Violation, read_laws
 from .lineage import (
     VERDICT_FILE,
     Lineage,
@@ -52,11 +54,12 @@ from .promote import (
     judge_soundly,
 )
 from .replay import count_documents, sample_replay
+from .suite import read_suite
 from .taboo import read_taboo, taboo_mass
 from .train import TrainRequest, train
 from .turn import check_folders, describe_store, find_inputs, longest_row, turn_identity
 
-EVOLVE_FILE, TABOO_FILE, LAWS_LOG = "evolve.json", "taboo.json", "laws.jsonl"
+EVOLVE_FILE, TABOO_FILE = "evolve.json", "taboo.json"
 
 
 def evolve(
@@ -294,7 +297,11 @@ class _Run:
     def _training_settings(self) -> dict[str, Any]:
         settings = self.turn.training_settings()
         if self.inputs.laws is not None:
-            settings["suite"] = str(self.inputs.suite)
+            if read_laws(self.inputs.laws).items(read_suite(self.inputs.suite)):
+                settings["suite"] = str(self.inputs.suite)
+            else:
+                self.note("laws: neither they nor the suite ask anything; not checked in training")
+                del settings["laws"]
         return settings
 
     def _train(self) -> dict[str, Any]:
@@ -316,7 +323,7 @@ class _Run:
             laws=self.inputs.laws,
             settings=self.turn.manifest.gates,
             earlier=self.lineage.folder(self.grandparent),
-            training_violations=_violations(self.out / "train" / LAWS_LOG),
+            training_violations=_violations(self.out / "train" / LAWS_FILE),
             out=self.out,
             device=self._device(),
             stop=self.stop,
@@ -354,14 +361,9 @@ class _Run:
 
 def _violations(path: Path) -> list[Violation]:
     """Broken laws that training met."""
-    if not path.is_file():
-        return []
-    names = ("rule", "prompt", "output", "detail")
+    names = [field.name for field in dataclasses.fields(Violation)]
     try:
-        records = [
-            json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line
-        ]
-        return [Violation(**{name: record[name] for name in names}) for record in records]
+        return [Violation(**{name: r[name] for name in names}) for r in read_violations(path)]
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"{path}: not the violations of a training run: {error}", "give --fresh to begin anew"
