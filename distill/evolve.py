@@ -123,6 +123,8 @@ class _Run:
         check_place(self.lineage.folder(self.child), self.turn_id)
         check_place(failed_folder(self.lineage, candidate), self.turn_id)
         self._open_record(fresh)
+        if self.turn.manifest.taboo and not self.turn.manifest.stabilizers.token_masking:
+            self.note("taboo: not used, stabilizers.token_masking is false")
         self._register(members)
         replayed = self._stage("replay", self._replay)
         store = self._stage("build", lambda: self._build(replayed))

@@ -78,7 +78,10 @@ class Lineage:
         if not path.is_file():
             return []
         entries = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        lines = path.read_text(encoding="utf-8").split("\n")
+        if lines[-1]:
+            lines.append("")  # cut off: what there is of the last entry is refused below
+        for number, line in enumerate(lines[:-1], start=1):
             try:
                 entry = json.loads(line)
                 intact = entry["seq"] == number and bool(entry["event"])
@@ -127,7 +130,7 @@ class Lineage:
     def recorded_data(self, name: str) -> dict[Path, str]:
         """The files that a generation was trained on, with their fingerprints then."""
         return {
-            Path(os.path.normpath(self.root.absolute() / entry["path"])): entry["sha256"]
+            from_root(self.root, entry["path"]): entry["sha256"]
             for entry in self.generation(name).get("data", [])
         }
 
@@ -167,7 +170,7 @@ class Lineage:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         entry = {"seq": len(self.log()) + 1, "event": event, "generation": generation}
         entry |= {"turn": turn, **details, "time": now}  # for people: seq says what came first
-        write_atomic(path, before + json.dumps(entry, ensure_ascii=False) + "\n")
+        write_atomic(path, before + json.dumps(entry) + "\n")
         return entry
 
     def move_head(self, name: str) -> None:
@@ -342,11 +345,16 @@ def describe_data(paths: Sequence[Path], root: Path) -> list[dict[str, Any]]:
     """What generation.json keeps of data files: a path from the lineage's folder, a fingerprint."""
     return [
         {
-            "path": os.path.relpath(path.absolute(), root.absolute()),
+            "path": os.path.relpath(path.parent.resolve() / path.name, root.resolve()),
             "sha256": fingerprint(path),
         }
         for path in paths
     ]
+
+
+def from_root(root: Path, recorded: str) -> Path:
+    """Where a path that describe_data has recorded is."""
+    return Path(os.path.normpath(root.resolve() / recorded))
 
 
 def fingerprint(path: Path) -> str:

@@ -240,7 +240,9 @@ def _explained(error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         place = ".".join(str(part) for part in problem["loc"])
         kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
-        if kind == "extra_forbidden":
+        if kind == "json_invalid":
+            yield f"not JSON: {message}"
+        elif kind == "extra_forbidden":
             yield f"{place}: no such key{_better_place(place)}"
         elif kind == "missing":
             yield f"{place}: is missing{_wanted(problem['loc'])}"

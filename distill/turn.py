@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from logitcache.errors import UsageError
 from logitcache.files import file_sha256
 from logitcache.store import Store
 
-from .lineage import Lineage, fingerprint
+from .lineage import Lineage, fingerprint, from_root
 from .manifest import Turn
 
 _LONGEST_ROW = 2048
@@ -67,7 +66,7 @@ def find_inputs(turn: Turn, lineage: Lineage) -> Inputs:
     if suite is None:
         judged = known.get("suite")
         if judged is not None:
-            suite = Path(os.path.normpath(lineage.root.absolute() / judged["path"]))
+            suite = from_root(lineage.root, judged["path"])
             if not suite.is_file() or fingerprint(suite) != judged["sha256"]:
                 problems.append(
                     f"data.suite: is missing, and the one that {parent} was judged with, {suite}, "

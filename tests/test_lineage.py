@@ -16,11 +16,12 @@ import pytest
 from click.testing import CliRunner, Result
 from lineage_worker import make_folder, verdict
 
+from distill.bundled import BUNDLED
 from distill.cli import cli
 from distill.gates import GATE_NAMES
 from distill.lineage import Lineage, Member, open_lineage, register, writing
-from distill.promote import Candidate, admit, checked, finished
-from logitcache.errors import LockedError, ResourceError, StoreError, UsageError
+from distill.promote import Candidate, admit, checked, finished, judge_soundly
+from logitcache.errors import InputError, LockedError, ResourceError, StoreError, UsageError
 
 WORKER = Path(__file__).with_name("lineage_worker.py")
 
@@ -192,7 +193,8 @@ def test_what_is_damaged_is_named_and_not_repaired(root: Path) -> None:
     with pytest.raises(StoreError, match=r"G9/generation\.json: not the record of a generation"):
         open_lineage(root).generations()
     lines = (root / "log.jsonl").read_text().splitlines(keepends=True)
-    for text in (lines[1], lines[0] + lines[0], lines[0] + '{"seq": 2', "3\n"):
+    torn = lines[0] + lines[1].rstrip("\n")[:-1]
+    for text in (lines[1], lines[0] + lines[0], lines[0] + '{"seq": 2', "3\n", torn):
         (root / "log.jsonl").write_text(text)
         with pytest.raises(StoreError, match=r"log\.jsonl:\d: expected a record with seq"):
             decide(root, passed=True)
@@ -262,11 +264,12 @@ def test_show_log_and_export_tell_of_all_of_it(root: Path) -> None:
 
 
 def test_a_reason_with_control_codes_does_not_reach_the_terminal(root: Path) -> None:
-    reason = "\x1b[2J\nSECOND LINE"
+    reason = "\x1b[2J\nSECOND\u2028LINE \udc80"
     run("lineage", "rollback", "--lineage", root, "--to", "G9", "--reason", reason)
     shown = run("lineage", "log", "--lineage", root).output
     assert "\x1b" not in shown
     assert len(shown.splitlines()) == 3
+    assert open_lineage(root).log()[-1]["reason"] == reason
 
 
 @pytest.mark.parametrize(
@@ -292,6 +295,21 @@ def test_a_gate_that_is_missing_or_gives_no_number_rejects(change: dict | None) 
     assert any(reason.startswith("generalize") for reason in found["reasons"])
     json.dumps(found, allow_nan=False)
     assert checked(verdict(True)) == verdict(True)
+
+
+def test_whatever_breaks_while_a_candidate_is_judged_rejects_it(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "suite.jsonl").write_text('{"kind": "law", "prompt": "x"}\n')
+    models = [BUNDLED / name for name in ("teacher2", "teacher1")]
+    found = judge_soundly(
+        *models, tmp_path / "suite.jsonl", note=said.append, settings=None, device="cpu"
+    )
+    assert found["verdict"] == "rejected"
+    assert "the gates could not be evaluated: AttributeError" in found["reasons"][0]
+    assert [gate["passed"] for gate in found["gates"]] == [False] * 4
+    assert "Traceback" in said[-1]
+    with pytest.raises(InputError):  # that says nothing of the candidate
+        judge_soundly(*models, tmp_path / "none.jsonl", note=said.append, device="cpu")
 
 
 def test_the_model_that_was_judged_is_the_one_that_is_kept(root: Path) -> None:

@@ -249,6 +249,8 @@ def test_averaging_weights_is_refused_with_the_reason(
         ('{"lineage": "a", "lineage": "b"}', "lineage: given twice"),
         ('{"training_params": {"lr": NaN}}', "training_params.lr: "),
         (" " * (1 << 21), "larger than"),
+        ('{"lineage": "\\ud800"}', "not JSON"),
+        ("\ufeff{}", "not JSON"),
     ],
 )
 def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, text: str, message: str) -> None:
