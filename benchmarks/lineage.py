@@ -39,7 +39,7 @@ from logitcache.environment import describe_environment
 SEQ_LEN, SEEDS, CPU = 256, (0, 1, 2), torch.device("cpu")
 TEACHERS = {"Luna-G009": BUNDLED / "teacher2", "Luna-G010": BUNDLED / "teacher1"}
 DOCUMENTS, DOCUMENT_CHARS, ITEMS = 100, 600, 24
-TURN = {"steps": 60, "lr": 3e-4}
+TURN = {"steps": 60, "lr": 1e-3}
 TURN_TRAIN = {"per_device_train_batch_size": 8, "lr_scheduler_type": "constant", "use_cpu": True}
 METHOD_TRAIN = {**TRAIN_SETTINGS, "per_device_train_batch_size": 8}
 METHODS: dict[str, dict[str, Any]] = {
