@@ -109,13 +109,12 @@ def _build_planned(
         from .teacher import TeacherRun
 
         run = TeacherRun(planned.folders[part], part, store, planned.rows, config, report)
-        for done, shard in enumerate(shards):
-            if not run.shard(shard, stop):
-                raise Interrupted(
-                    f"{config.out}: stopped; {part}: {done} of {len(shards)} "
-                    "shards written this time",
-                    "run the same command again to continue",
-                )
+        done = run.shards(shards, stop)
+        if done < len(shards):
+            raise Interrupted(
+                f"{config.out}: stopped; {part}: {done} of {len(shards)} shards written this time",
+                "run the same command again to continue",
+            )
         run.close()
     if any(work.values()) or not record_path(config.out).exists():
         # Workers that end at once write it in turn.
