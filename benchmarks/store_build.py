@@ -61,8 +61,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All figures, as plain data."""
     from logitcache.builder import plan
     from logitcache.config import BuildConfig
-    from logitcache.store import create_store, create_teacher
+    from logitcache.place import empty_store
     from logitcache.teacher import TeacherRun
+    from logitcache.writing import create_store, create_teacher
 
     from .common import machine
 
@@ -80,16 +81,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     planned = plan(config)
 
-    def empty_store() -> Any:
+    def new_store() -> Any:
         shutil.rmtree(out, ignore_errors=True)
-        store = create_store(out, planned.manifest, planned.tokenizer)
+        store = create_store(empty_store(out, planned.manifest), planned.tokenizer)
         return create_teacher(store, "teacher1", planned.teachers["teacher1"])
 
-    run = TeacherRun(teacher, "teacher1", empty_store(), planned.rows, config, None)
+    run = TeacherRun(teacher, "teacher1", new_store(), planned.rows, config, None)
     shards = range(len(run.store.ranges))
 
     def build() -> None:
-        run.store = empty_store()
+        run.store = new_store()
         run.shards(shards, lambda: False)
 
     def forward() -> None:

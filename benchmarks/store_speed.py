@@ -12,10 +12,11 @@ import google_crc32c
 import numpy as np
 
 from logitcache import open_store
+from logitcache.place import empty_store
 from logitcache.reader import StoreReader
-from logitcache.store import create_store, create_teacher, pack_teacher, write_rows, write_teacher
 from logitcache.support import decode_row
 from logitcache.verify import verify_store
+from logitcache.writing import create_store, create_teacher, pack_teacher, write_rows, write_teacher
 
 
 def median_s(function: Callable[[], object], repeats: int = 30) -> float:
@@ -85,7 +86,7 @@ def epoch(source: StoreReader, folder: Path, rows: int = 128, workers: int = 2) 
     rows = min(rows, max(number, 16))
     manifest = {**source.manifest, "rows": number, "tokens": number * length}
     manifest["shard_rows"] = number
-    store = create_store(folder, manifest, {})
+    store = create_store(empty_store(folder, manifest), {})
     name = next(iter(source.store.teachers))
     for teacher in ("teacher1", "teacher2"):
         store = create_teacher(store, teacher, source.store.teachers[name])

@@ -33,7 +33,7 @@ def cli() -> None:
 @click.option(
     "--data", type=Path, multiple=True, help="JSONL, Parquet, text, datasets folders; one or more."
 )
-@click.option("--out", type=Path, help="Folder of the store.")
+@click.option("--out", type=Path, help="Folder of the store, or s3://..., gs://...")
 @click.option("--config", type=Path, help="YAML or JSON file of settings.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
 @click.option("--estimator", type=click.Choice(["sampled", "topk", "full"]), help="What is kept.")
@@ -80,8 +80,8 @@ def _build(
     from .environment import gpu_memory_peak_bytes
     from .estimate import check_disk, estimate
     from .info import describe_store, render_info, render_plan
+    from .place import is_there, load, shown
     from .progress import BuildProgress
-    from .store import is_store, load_store
 
     quiet_libraries()
     if dry_run:
@@ -95,18 +95,18 @@ def _build(
             "bytes_to_write": found.bytes_left,
             "free_bytes": check_disk(settings, found),
             "estimated_seconds": round(found.seconds, 1),
-            "store_exists": settings.out.exists(),
+            "store_exists": is_there(settings.out),
         }
         options.result(document, render_plan(document))
         return
     before = None
-    if is_store(settings.out) and not fresh:
-        store = load_store(settings.out)
+    if not fresh and is_there(settings.out):
+        store = load(settings.out)
         before = {part: len(store.missing(part)) for part in ("rows", *store.teachers)}
         total = len(store.ranges)
         left = max(before.values())
         if left:
-            options.note(f"resuming {settings.out}: up to {left} of {total} shards to do")
+            options.note(f"resuming {shown(settings.out)}: up to {left} of {total} shards to do")
     with BuildProgress(options.quiet) as progress:
         store = run_build(settings, fresh=fresh, report=progress, stop=stop)
     document = describe_store(settings.out)
@@ -116,10 +116,10 @@ def _build(
         before is not None and not any(before.values()) and len(before) == 1 + len(store.teachers)
     )
     if nothing_done:
-        options.note(f"{settings.out}: already complete; nothing was changed")
+        options.note(f"{shown(settings.out)}: already complete; nothing was changed")
     text = render_info(document, settings.shard)
     if document["complete"]:
-        text += f"\nnext: distill train --store {settings.out} "
+        text += f"\nnext: distill train --store {shown(settings.out)} "
         text += f"--student {settings.teacher1} --out child"
     options.result(document, text)
 
@@ -156,8 +156,8 @@ def verify(
     """
     from .errors import StoreError
     from .info import describe_findings, render_findings
+    from .place import load
     from .progress import every_30_s
-    from .store import load_store
     from .verify import verify_store
 
     if rescore is None and any(folders.values()):
@@ -168,7 +168,7 @@ def verify(
 
         quiet_libraries()
         with contextlib.suppress(StoreError):  # which verify_store finds again
-            models = teacher_folders(load_store(store), folders)  # before all that takes long
+            models = teacher_folders(load(store), folders)  # before all that takes long
     found, findings = verify_store(store)
     document = describe_findings(store, found, findings)
     text = render_findings(document)

@@ -30,8 +30,9 @@ from .causal_lm import (
 from .config import BuildConfig
 from .errors import NonFiniteError, StoreError, UsageError
 from .packing import Rows
-from .store import Store, write_teacher
+from .store import Store
 from .support import Support, support_of
+from .writing import write_teacher
 
 # Logits of one chunk: capture on a CPU is three times faster when its temporaries fit the cache.
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
