@@ -12,8 +12,10 @@ import google_crc32c
 import numpy as np
 
 from logitcache import open_store
+from logitcache.layout import SHARD_POSITIONS
 from logitcache.place import empty_store
 from logitcache.reader import StoreReader
+from logitcache.store import Store
 from logitcache.support import decode_row
 from logitcache.verify import verify_store
 from logitcache.writing import create_store, create_teacher, pack_teacher, write_rows, write_teacher
@@ -59,15 +61,18 @@ def decoding(reader: StoreReader) -> dict[str, float]:
 
 
 def encoding(reader: StoreReader) -> float:
-    """Tokens per second of one core from captured arrays to the bytes of a shard."""
-    name = next(iter(reader.store.teachers))
-    start, stop = reader.store.ranges[0]
-    stop = min(stop, start + 8)
-    supports = [reader.read_support(name, row) for row in range(start, stop)]
+    """Tokens per second of one core from captured arrays to the bytes of a whole shard, of as many
+    rows as one has, the reader's over and over."""
+    name, length = next(iter(reader.store.teachers)), reader.manifest["seq_len"]
+    supports = [reader.read_support(name, row) for row in range(min(len(reader), 8))]
     for support in supports:  # a decoded row's entries lie by rank; an encoder wants the top first
         _top_first(support)
-    seconds = median_s(lambda: pack_teacher(reader.store, name, 0, supports), 8)
-    return len(supports) * reader.manifest["seq_len"] / seconds
+    rows = SHARD_POSITIONS // length
+    manifest = {**reader.manifest, "rows": rows, "shard_rows": rows}
+    store = Store(reader.store.path, manifest, reader.store.teachers)
+    shard = [supports[row % len(supports)] for row in range(rows)]
+    seconds = median_s(lambda: pack_teacher(store, name, 0, shard), 5)
+    return rows * length / seconds
 
 
 def _top_first(support: object) -> None:
