@@ -283,7 +283,7 @@ def _store_measured(run: Run) -> tuple[Measured | None, str]:
             if identity != expected:
                 continue
             sample = max(_MOST_POSITIONS // int(reader.manifest["seq_len"]), 1)
-            return measure(path, spec, sample=sample), ""
+            return measure(reader, spec, sample=sample), ""
         except LogitCacheError as error:
             return None, str(error)
     return None, f"the store {record.store} is not here, or is not the one of this run"

@@ -212,10 +212,7 @@ def inspect(
     from .errors import UsageError
     from .page import check_target, write_page
     from .reader import open_store
-    from .remote import remote_url
 
-    if remote_url(store) is not None:
-        raise UsageError(f"{store}: inspect reads stores of this machine", "copy the store here")
     if html is None and rows is not None:
         raise UsageError("--rows: the rows are shown on a page", "give --html F, too")
     reader = open_store(store)
@@ -223,6 +220,7 @@ def inspect(
         check_target(html, store)
     from logitcache_kernels import DistillSpec
 
+    from .info import describe_store
     from .inspect import figures, measure, parse_rows
     from .inspect_page import inspect_text, make_page
     from .progress import every_30_s
@@ -231,16 +229,17 @@ def inspect(
     show = every_30_s(lambda done, total: options.note(f"inspect: {done} of {total} rows"))
     with stop_on_signal() as stop:
         found = measure(
-            store, DistillSpec(**gate), sample=sample, seed=seed, report=show, stop=stop
+            reader, DistillSpec(**gate), sample=sample, seed=seed, report=show, stop=stop
         )
+    about = describe_store(store)
     document = {
-        "store": str(store),
+        "store": about["store"],
         "page": None if html is None else str(html),
-        **figures(found, reader),
+        **figures(found, about),
     }
     if html is not None:
-        write_page(html, make_page(reader, found, document, chosen, seed))
-    options.result(document, inspect_text(store, document, html))
+        write_page(html, make_page(reader, found, document, about, chosen, seed))
+    options.result(document, inspect_text(document))
 
 
 @cli.command(cls=ManyFiles)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,8 +26,7 @@ from logitcache_kernels.distill_reference import (
 )
 
 from .errors import Interrupted, UsageError
-from .info import describe_store
-from .reader import StoreReader, TeacherBatch, open_store
+from .reader import StoreReader, TeacherBatch
 
 # Legend: P positions, G teachers, J and C cells along JS and confidence, 2 without and with gold.
 BATCH_TOKENS = 4096
@@ -155,7 +153,7 @@ def _renumber(
 
 
 def measure(
-    store: Path,
+    reader: StoreReader,
     spec: DistillSpec,
     *,
     sample: int | None = None,
@@ -166,9 +164,8 @@ def measure(
     """Look at all rows of a store, or at ``sample`` rows drawn with ``seed`` (by default as many as
     hold MOST_POSITIONS tokens).
 
-    StoreError if the store is incomplete or damaged, Interrupted when stop() says so.
+    StoreError if the store is damaged, Interrupted when stop() says so.
     """
-    reader = open_store(store)
     seq_len, num_rows = int(reader.manifest["seq_len"]), len(reader)
     most = max(MOST_POSITIONS // seq_len, 1) if sample is None else sample
     rows = np.arange(num_rows)
@@ -192,7 +189,7 @@ def measure(
     done = 0
     for index, batch in zip(batches, reader.batches(batches), strict=True):
         if stop():
-            raise Interrupted(f"{store}: stopped; nothing was written", "run the command again")
+            raise Interrupted("stopped; nothing was written", "run the same command again")
         new = gate_positions(batch, spec, int(reader.manifest["vocab_size"]))
         _add(found, index, done, new, batch)
         done += len(index)
@@ -268,11 +265,10 @@ def parse_rows(text: str, num_rows: int) -> list[int]:
     return rows
 
 
-def figures(found: Measured, reader: StoreReader) -> dict[str, Any]:
-    """The numbers of a measurement as one JSON document."""
+def figures(found: Measured, info: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a measurement as one JSON document. info: of ``describe_store``."""
     spec, positions = found.spec, max(found.positions, 1)
-    names = list(reader.store.teachers)
-    info = describe_store(reader.store.path)
+    names = [teacher["name"] for teacher in info["teachers"]]
     by_js = found.counts_JC2.sum((1, 2))
     by_confidence = found.counts_JC2.sum((0, 2))
     return {

@@ -3,7 +3,6 @@ token."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from markupsafe import Markup
 
 from logitcache_kernels import STRATEGY_NAMES
 
-from .info import describe_store
 from .inspect import Extreme, Measured, gate_positions, rows_to_show
 from .padded import TeacherSupport
 from .page import render_page, visible
@@ -35,10 +33,12 @@ def make_page(
     reader: StoreReader,
     found: Measured,
     document: dict[str, Any],
+    info: dict[str, Any],
     rows: list[int] | None,
     seed: int,
 ) -> str:
-    """The page as HTML. rows: what --rows named, None for those with the largest mean JS."""
+    """The page as HTML. document: the figures, info: of ``describe_store``. rows: what --rows
+    named, None for those with the largest mean JS."""
     seq_len = int(reader.manifest["seq_len"])
     chosen = rows
     if chosen is None:
@@ -51,7 +51,7 @@ def make_page(
         "logitcache",
         "inspect",
         document=document,
-        info=describe_store(reader.store.path),
+        info=info,
         both=both,
         sampled=len(found.rows) < found.store_rows,
         seed=seed,
@@ -281,7 +281,7 @@ def _extreme(reader: StoreReader, pieces: Pieces, extreme: Extreme) -> dict[str,
     }
 
 
-def inspect_text(store: Path, document: dict[str, Any], page: Path | None) -> str:
+def inspect_text(document: dict[str, Any]) -> str:
     """The figures as a person reads them in a terminal."""
     lines = [f"looked at  {document['positions']:,} positions in {document['rows_measured']:,} of "
              f"{document['rows']:,} rows"]  # fmt: skip
@@ -295,7 +295,7 @@ def inspect_text(store: Path, document: dict[str, Any], page: Path | None) -> st
             f"{document['confidence_threshold']:g}",
         ]
     else:
-        lines.append(f"teachers   one only: {store} has nothing to compare it with")
+        lines.append(f"teachers   one only: {document['store']} has nothing to compare it with")
     for name, value in document["mean_confidence"].items():
         (kept,) = (teacher for teacher in document["teachers"] if teacher["name"] == name)
         lines.append(
@@ -303,5 +303,6 @@ def inspect_text(store: Path, document: dict[str, Any], page: Path | None) -> st
             f"{kept['bytes_per_token']:.1f} bytes/token, {kept['mass_covered']:.1%} of the mass "
             "for certain"
         )
-    lines.append(f"page       {page}" if page else f"next: logitcache inspect {store} --html F")
+    more = f"next: logitcache inspect {document['store']} --html F"
+    lines.append(f"page       {document['page']}" if document["page"] else more)
     return "\n".join(lines)
