@@ -146,14 +146,13 @@ class Log:
     not_finite: int = 0
 
     def add(self, record: dict[str, Any]) -> None:
-        step = record.get("step")
-        if not _is_number(step):
-            return
+        """Take in a record, which has a number as its "step"."""
+        step = record["step"]
         self.records += 1
         for name, value in record.items():
             if name != "step" and _is_number(value):
                 steps, values = self.columns.setdefault(name, (array("d"), array("d")))
-                steps.append(float(step))  # type: ignore[arg-type]
+                steps.append(float(step))
                 values.append(float(value))
                 self.not_finite += not math.isfinite(value)
 
@@ -276,8 +275,11 @@ def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Any]]:
 def _log(path: Path, notes: list[str]) -> Log:
     log = Log()
     for number, record in _lines(path, notes):
-        if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}: expected an object, found {str(record)[:80]}")
+        if not isinstance(record, dict) or not _is_number(record.get("step")):
+            raise InputError(
+                f"{path}:{number}: expected a record of training, with a step, found "
+                f"{json.dumps(record)[:80]}"
+            )
         log.add(record)
     if log.not_finite:
         notes.append(f"{path.name}: {log.not_finite:,} numbers that are not finite are not drawn")

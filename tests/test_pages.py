@@ -569,7 +569,7 @@ def test_all_broken_files_of_a_run_are_named_at_once(trained, tmp_path):
         "gates.0.passed",
         "taboo.json: not JSON",
         "generations.jsonl:2: outputs",
-        "log.jsonl:1: expected an object",
+        "log.jsonl:1: expected a record of training, with a step, found [1]",
         "laws.jsonl:2: not JSON",
     ):
         assert part in message
