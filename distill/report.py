@@ -23,6 +23,7 @@ from logitcache.errors import InputError, UsageError
 from logitcache.page import visible
 
 _MAX_BYTES = 64 << 20  # of a JSON document
+_MAX_DEPTH = 50
 _MAX_LINE = 16 << 20  # of a JSON line
 MOST_ITEMS = 500  # of generations, of violations and of failing items of a gate, on the page
 FILES = {  # what each would show
@@ -244,11 +245,27 @@ def _document(path: Path, kind: type[_Model]) -> _Model:
     if path.stat().st_size > _MAX_BYTES:
         raise InputError(f"{path}: larger than {_MAX_BYTES} bytes")
     try:
-        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return kind.model_validate(_parsed(path.read_bytes()))
     except ValidationError as error:
         raise InputError(f"{path}: {_explained(error)}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
+
+
+def _parsed(text: bytes) -> Any:
+    """JSON that is not nested so deeply that showing it would fail. ValueError, RecursionError."""
+    value = json.loads(text)
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
 
 
 def _explained(error: ValidationError) -> str:
@@ -265,7 +282,7 @@ def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                yield number, _parsed(line)
             except (ValueError, RecursionError) as error:
                 if line.endswith(b"\n"):
                     raise InputError(f"{path}:{number}: not JSON: {error}") from None

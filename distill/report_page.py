@@ -29,6 +29,7 @@ _FIRST_SETTINGS = (  # the others of some hundred fields are folded away
     *("warmup_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "optim"),
     *("weight_decay", "max_grad_norm", "bf16", "seed"),
 )
+_STAGES = ("replay", "build", "train", "evaluate", "promote")
 _METRICS = {
     "loss": "loss, nats per token",
     "kl": "KL to the gated target, nats",
@@ -66,6 +67,8 @@ def make_page(run: Run) -> str:
         kinds=_by_kind(run.generations or []),
         taboo=_taboo(run),
         settings=_settings(run),
+        stages=_stages(run),
+        manifest=_flat(run.turn.manifest) if run.turn else {},
         text=as_text,
     )
 
@@ -76,6 +79,8 @@ def as_text(value: Any) -> str:
         return "\u2013"
     if isinstance(value, str):
         return value.strip() or "(empty)"
+    if value in ([], {}):
+        return "none"
     if isinstance(value, list) and value and all(_is_message(entry) for entry in value):
         return "\n".join(f"{entry['role']}: {entry['content']}" for entry in value)
     if isinstance(value, float):
@@ -241,10 +246,29 @@ def _by_kind(items: list[Generation]) -> dict[str, list[Generation]]:
 def _taboo(run: Run) -> dict[str, Any] | None:
     if run.taboo is None:
         return None
-    mass = {MODELS.get(name, name): value for name, value in run.taboo.mass.items()}
+    names = [name for name in MODELS if name in run.taboo.mass]
+    names += sorted(set(run.taboo.mass) - set(MODELS))
+    mass = {MODELS.get(name, name): run.taboo.mass[name] for name in names}
     teacher, child = (finite(run.taboo.mass.get(key)) for key in ("teacher1", "child"))
     ratio = child / teacher if teacher and child is not None else None
     return {"words": run.taboo.words, "mass": mass, "ratio": ratio}
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """What is in nested objects, by dotted name; lists stay whole."""
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _flat(inner, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def _stages(run: Run) -> dict[str, dict[str, Any]]:
+    """The stages of a turn that are done, in their order, and what each recorded."""
+    done = run.turn.stages if run.turn else {}
+    names = [name for name in _STAGES if name in done]
+    return {name: _flat(done[name]) for name in [*names, *sorted(set(done) - set(names))]}
 
 
 def _settings(run: Run) -> dict[str, Mapping[str, Any]]:

@@ -55,8 +55,13 @@ def number(value: Any, digits: int = 3) -> str:
         return "not finite"
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    if value != 0 and abs(value) < 1e-3:
-        return f"{value:.{digits - 1}e}"
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3:
+        mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+        return f"{mantissa}e{int(exponent)}"
+    if abs(value) < 1e-2:
+        return f"{value:.{digits}g}"
     whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
     return f"{value:.{max(digits - whole, 0)}f}"
 

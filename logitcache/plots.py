@@ -14,7 +14,7 @@ from .page import number, visible
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 30, 40
 _MOST_POINTS = 400  # of a line: more would not be seen
-_DOTS = 24  # points of a line that are marked one by one
+_DOTS = 12  # points of a line that are marked one by one
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,8 @@ def test_characters_that_act_are_named_and_numbers_read_well():
         0: "0",
         1234567: "1,234,567",
         1e-300: "1.00e-300",
-        0.00012: "1.20e-04",
+        0.0012345: "0.00123",
+        0.00012: "1.20e-4",
         0.5: "0.500",
         12.345: "12.3",
         -3.14159: "-3.14",
@@ -486,7 +487,14 @@ def test_a_turn_is_shown_whole(trained, tmp_path, browser):
     check_quiet(page, file)
     said = page.run("document.body.innerText")
     assert "Luna-G011" in said
-    for part in ("rejected", "at least 0.650", "0.600 to 0.900", "at most 0.050", "Loss by source"):
+    for part in (
+        "rejected",
+        "at least 0.650",
+        "0.600 to 0.900",
+        "at most 0.050",
+        "Loss by source",
+        "build: done",
+    ):
         assert part in said
     assert "0.050 times what teacher 1 does" in said
     assert "user: plain" in said
@@ -556,6 +564,7 @@ def test_all_broken_files_of_a_run_are_named_at_once(trained, tmp_path):
     folder = turn(tmp_path / "turn", trained)
     (folder / "verdict.json").write_text('{"verdict": "\\u001b[31m", "gates": [{"name": 3}]}')
     (folder / "taboo.json").write_text("[" * 100_000)
+    (folder / "evolve.json").write_text('{"stages":' * 60 + "{}" + "}" * 60)
     (folder / "generations.jsonl").write_text('{"outputs": {}}\n{"outputs": 7}\n')
     (folder / "train" / "log.jsonl").write_text("[1]\n")
     (folder / "train" / "laws.jsonl").write_text('{"rule": "a"}\nnot JSON\n{"rule": "b"}\n')
@@ -568,6 +577,7 @@ def test_all_broken_files_of_a_run_are_named_at_once(trained, tmp_path):
         "gates.0.name",
         "gates.0.passed",
         "taboo.json: not JSON",
+        "evolve.json: not JSON: nested more than 50",
         "generations.jsonl:2: outputs",
         "log.jsonl:1: expected a record of training, with a step, found [1]",
         "laws.jsonl:2: not JSON",
