@@ -189,9 +189,27 @@ def verify(
 @click.argument("store", type=Path)
 @click.option("--html", type=Path, metavar="F", help="Write a page to this file.")
 @click.option("--rows", metavar="0,4,7-9", help="Rows to show.  [default: largest mean JS]")
-@click.option("--js-threshold", type=click.FloatRange(0, 2), default=0.1, show_default=True)
-@click.option("--confidence-threshold", type=click.FloatRange(0, 1), default=0.8, show_default=True)
-@click.option("--confidence", type=click.Choice(["top1", "entropy"]), default="top1")
+@click.option(
+    "--js-threshold",
+    type=click.FloatRange(0, 2),
+    default=0.1,
+    show_default=True,
+    help="Bits below which teachers blend.",
+)
+@click.option(
+    "--confidence-threshold",
+    type=click.FloatRange(0, 1),
+    default=0.8,
+    show_default=True,
+    help="Confidence above which teacher 1 stands alone.",
+)
+@click.option(
+    "--confidence",
+    type=click.Choice(["top1", "entropy"]),
+    default="top1",
+    show_default=True,
+    help="What confidence is.",
+)
 @click.option("--sample", type=click.IntRange(min=1), metavar="ROWS", help="Look at so many rows.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Draws the rows of --sample.")
 @common_options

@@ -69,7 +69,7 @@ def make_page(
             "js_edges": document["js_histogram"]["edges"],
             "confidence_edges": document["confidence_histogram"]["edges"],
             "cells": _cells(found),
-            "start": [document["js_threshold"], document["confidence_threshold"]],
+            "start": _thresholds(found),
             "bars": _BARS,
             "rows": shown.tokens,
             "pieces": {str(i): _spell(pieces.text(i)) for i in sorted(shown.used)},
@@ -82,6 +82,15 @@ def _cells(found: Measured) -> list[int]:
     """The cells that hold something: JS, confidence, gold and count of each, end to end."""
     j, c, gold = np.nonzero(found.counts_JC2)
     return np.stack([j, c, gold, found.counts_JC2[j, c, gold]], 1).ravel().tolist()
+
+
+def _thresholds(found: Measured) -> list[int]:
+    """Which edges the thresholds are: JS and confidence."""
+    spec = found.spec
+    return [
+        int(np.searchsorted(found.js_edges, np.float32(spec.js_threshold))),
+        int(np.searchsorted(found.confidence_edges, np.float32(spec.confidence_threshold))),
+    ]
 
 
 def split_by_strategy(found: Measured) -> np.ndarray:
@@ -240,14 +249,12 @@ class _Shown:
         """The colours of a token: its strategy at the thresholds, and how dark."""
         if fact is None:
             return "none"
-        spec, found = self.found.spec, self.found
+        js, confidence = _thresholds(self.found)
         if len(self.reader.store.teachers) == 1:
             return f"s1 h{np.searchsorted(CONFIDENCE_LEVELS, fact[5], side='right') - 1}"
-        if fact[0] < np.searchsorted(found.js_edges, np.float32(spec.js_threshold)):
+        if fact[0] < js:
             strategy = 0
-        elif fact[1] > np.searchsorted(
-            found.confidence_edges, np.float32(spec.confidence_threshold)
-        ):
+        elif fact[1] > confidence:
             strategy = 1
         else:
             strategy = 2 if fact[3] else 3

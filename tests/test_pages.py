@@ -241,9 +241,11 @@ def test_plots_bear_any_numbers():
 
 def test_sliders_move_shares_bars_and_colours_as_python_counts_them(built, tmp_path, browser):
     file = tmp_path / "page.html"
-    inspect_page(built.path, file, "--rows", "0-3", "--js-threshold", "0.3")
+    inspect_page(built.path, file, "--rows", "0-3", "--js-threshold", 1 / 3)
     page = browser.open(file)
     check_quiet(page, file)
+    before = decided(built.path, DistillSpec(js_threshold=1 / 3))
+    assert page.run("document.getElementById('js-value').textContent") == "0.3333333"
 
     def shown() -> list[str]:
         return [
@@ -258,6 +260,7 @@ def test_sliders_move_shares_bars_and_colours_as_python_counts_them(built, tmp_p
             " input.dispatchEvent(new Event('input')); })()"
         )
 
+    assert shown() == [percent(n / before.sum()) for n in before]
     seen = set()
     for js, sure in ((0.3, 0.8), (0.05, 0.8), (0.05, 0.2), (0.6, 0.2), (1.0, 0.2)):
         slide("js", js)

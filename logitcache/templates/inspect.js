@@ -6,8 +6,7 @@
   const by = (id) => document.getElementById(id);
   const rows = [...document.querySelectorAll(".row")];
   const spans = rows.map((row) => [...row.querySelectorAll(".t")]);
-  let js = data.js_edges.indexOf(data.start[0]);
-  let confidence = data.confidence_edges.indexOf(data.start[1]);
+  let [js, confidence] = data.start; // edges, by number
 
   // Cell (j, c) holds js_edges[j] <= JS < js_edges[j + 1] and edges[c - 1] < confidence <= edges[c].
   const strategy = (j, c, gold) =>
