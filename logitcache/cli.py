@@ -185,6 +185,81 @@ def verify(
         raise click.exceptions.Exit(4)
 
 
+@cli.command()
+@click.argument("store", type=Path)
+@click.option("--html", type=Path, metavar="F", help="Write a page to this file.")
+@click.option("--rows", metavar="0,4,7-9", help="Rows to show.  [default: largest mean JS]")
+@click.option(
+    "--js-threshold",
+    type=click.FloatRange(0, 2),
+    default=0.1,
+    show_default=True,
+    help="Bits below which teachers blend.",
+)
+@click.option(
+    "--confidence-threshold",
+    type=click.FloatRange(0, 1),
+    default=0.8,
+    show_default=True,
+    help="Confidence above which teacher 1 stands alone.",
+)
+@click.option(
+    "--confidence",
+    type=click.Choice(["top1", "entropy"]),
+    default="top1",
+    show_default=True,
+    help="What confidence is.",
+)
+@click.option("--sample", type=click.IntRange(min=1), metavar="ROWS", help="Look at so many rows.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Draws the rows of --sample.")
+@common_options
+def inspect(
+    options: Options,
+    store: Path,
+    html: Path | None,
+    rows: str | None,
+    sample: int | None,
+    seed: int,
+    **gate: Any,
+) -> None:
+    """Say where the teachers of a store disagree and what the gate makes of it.
+
+    The page shows rows token by token with what each teacher expected, histograms, and the shares
+    of the strategies at any two thresholds. Of a large store a sample of rows is looked at.
+    """
+    from .errors import UsageError
+    from .page import check_target, write_page
+    from .reader import open_store
+
+    if html is None and rows is not None:
+        raise UsageError("--rows: the rows are shown on a page", "give --html F, too")
+    reader = open_store(store)
+    if html is not None:
+        check_target(html, store)
+    from logitcache_kernels import DistillSpec
+
+    from .info import describe_store
+    from .inspect import figures, measure, parse_rows
+    from .inspect_page import inspect_text, make_page
+    from .progress import every_30_s
+
+    chosen = None if rows is None else parse_rows(rows, len(reader))
+    show = every_30_s(lambda done, total: options.note(f"inspect: {done} of {total} rows"))
+    with stop_on_signal() as stop:
+        found = measure(
+            reader, DistillSpec(**gate), sample=sample, seed=seed, report=show, stop=stop
+        )
+    about = describe_store(store)
+    document = {
+        "store": about["store"],
+        "page": None if html is None else str(html),
+        **figures(found, about),
+    }
+    if html is not None:
+        write_page(html, make_page(reader, found, document, about, chosen, seed))
+    options.result(document, inspect_text(document))
+
+
 @cli.command(cls=ManyFiles)
 @click.argument("store", type=Path)
 @click.option("--teacher1", type=Path, help="Model folder; that of the build unless given.")

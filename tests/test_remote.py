@@ -370,6 +370,19 @@ def test_info_and_verify_look_at_what_is_at_the_url(uploaded, built):
     assert CliRunner().invoke(store_cli, ["verify", uploaded]).exit_code == 0
 
 
+def test_inspect_reads_a_remote_store(uploaded, built, tmp_path):
+    documents = []
+    for store in (built.path, uploaded):
+        page = str(tmp_path / "page.html")
+        words = ["inspect", str(store), "--html", page, "--json"]
+        result = CliRunner().invoke(store_cli, words)
+        assert result.exit_code == 0, result.output
+        documents.append(json.loads(result.stdout))
+        assert documents[-1].pop("store") == str(store)
+        assert f"<title>Teachers of {store}</title>" in Path(page).read_text(encoding="utf-8")
+    assert documents[0] == documents[1]
+
+
 def test_a_build_refuses_a_url_that_holds_other_things(url, built):
     change(url, "notes.txt", b"mine")
     refused = build_command(url, built.settings)
