@@ -275,9 +275,7 @@ def request(work: Path, out: Path, **settings) -> TrainRequest:
     return TrainRequest(work / "store", TEACHER1, out, work / "held", merged)
 
 
-def test_a_short_training_unlearns_a_taboo_word_and_little_else(
-    work: Path, tmp_path: Path
-) -> None:
+def test_a_short_training_unlearns_a_taboo_word_and_little_else(work: Path, tmp_path: Path) -> None:
     """benchmarks/taboo.py has the same with more words and steps."""
     words = tmp_path / "words.txt"
     words.write_text("sir\n", encoding="utf-8")
