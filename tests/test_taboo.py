@@ -280,7 +280,7 @@ def test_a_short_training_unlearns_a_taboo_word_and_little_else(work: Path, tmp_
     words = tmp_path / "words.txt"
     words.write_text("sir\n", encoding="utf-8")
     settings = {"learning_rate": 1.5e-3, "lr_scheduler_type": "cosine", "warmup_steps": 3}
-    settings |= {"per_device_train_batch_size": 8, "max_steps": 28, "ema_decay": 0.5}
+    settings |= {"per_device_train_batch_size": 8, "max_steps": 24, "ema_decay": 0.5}
     settings |= {"alpha": 0.0, "js_threshold": 2.0, "taboo_words": str(words)}
     record = train(request(work, tmp_path / "out", **settings))
     mass = [
