@@ -265,6 +265,8 @@ def test_mass_is_the_mean_probability_of_taboo_tokens(tokenizer, tmp_path: Path)
     for given in (words, path):
         found = taboo_mass(TEACHER1, [text], given, device="cpu")
         assert found == pytest.approx(float(expected.detach()) / (length - 1), rel=1e-4)
+    with pytest.raises(InputError, match="no position to measure it at"):
+        taboo_mass(TEACHER1, [""], words, device="cpu")
 
 
 # --- training ------------------------------------------------------------------------------------
