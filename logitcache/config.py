@@ -41,12 +41,10 @@ def read_settings(
     if file is not None:
         if not file.is_file():
             raise UsageError(f"--config {file}: no such file")
-        if file.stat().st_size > _MAX_CONFIG_BYTES:
-            raise UsageError(f"--config {file}: larger than {_MAX_CONFIG_BYTES} bytes")
         try:
-            content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"--config {file}: not YAML or JSON: {error}") from None
+            content = load_yaml(file)
+        except ValueError as error:
+            raise UsageError(f"--config {file}: {error}") from None
         if content is not None and not isinstance(content, dict):
             raise UsageError(
                 f"--config {file}: expected keys and values, found {type(content).__name__}"
@@ -64,6 +62,17 @@ def read_settings(
         {key: value for key, value in flags.items() if value is not None and value != ()}
     )
     return settings
+
+
+def load_yaml(file: Path) -> Any:
+    """The content of a YAML or JSON file; ValueError if it is neither, or larger than 1 MB."""
+    if file.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(f"larger than {_MAX_CONFIG_BYTES} bytes")
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"not YAML or JSON: {what}") from None
 
 
 def explain(error: ValidationError) -> str:

@@ -162,35 +162,77 @@ class Encoder:
             result.append(np.asarray(ids, dtype=np.int32))
         return result
 
-    def _encode_messages(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+    def prompt(self, document: Document) -> list[int]:
+        """Tokens of a text to go on with, or of messages up to where the assistant answers: as
+        encode() makes them of documents that begin like this."""
+        return self._encode_prompt(document, "")[0]
+
+    def continuation(self, document: Document, answer: str) -> tuple[list[int], int]:
+        """Tokens of a prompt and the answer that follows it as it is, and the index of the first
+        one in which a character of the answer is: no border is forced between the two."""
+        ids, ends, length = self._encode_prompt(document, answer)
+        return ids, next((i for i, end in enumerate(ends) if end > length), len(ids))
+
+    def _encode_prompt(self, document: Document, answer: str) -> tuple[list[int], list[int], int]:
+        """Tokens of a prompt and its answer, the character where each ends, and the prompt's
+        length."""
+        if document.messages is None:
+            prompt = document.text or ""
+            encoding = self.tokenizer(
+                prompt + answer,
+                split_special_tokens=True,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            ids, ends = encoding["input_ids"], [end for _, end in encoding["offset_mapping"]]
+            if ids and ids[-1] == self.tokenizer.eos_token_id:  # appended by the tokenizer's rules
+                ids, ends = ids[:-1], ends[:-1]
+            return ids, ends, len(prompt)
+        self._check_template(document)
+        said = {"role": "assistant", "content": answer}  # hidden along with the rest
+        hidden = self._hide_specials(replace(document, messages=[*document.messages, said]))
+        messages = hidden.messages or []
+        prompt = self._render_part(hidden, len(messages) - 1, True)
+        ids, offsets = self._encode_rendered(prompt + messages[-1]["content"])
+        return ids, [end for _, end in offsets], len(prompt)
+
+    def _check_template(self, document: Document) -> None:
         if not self.tokenizer.chat_template:
             raise InputError(
                 f'{document.where}: "messages" need a chat template, and the tokenizer has none',
                 'use a teacher with a chat template, or a "text" column',
             )
+
+    def _encode_messages(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+        self._check_template(document)
         text, spans = self._render(self._hide_specials(document))
-        ids: list[int] = []
-        offsets_: list[tuple[int, int]] = []
-        at = 0
-        for piece in _STAND_IN.split(text):
-            if _STAND_IN.fullmatch(piece):
-                said = self.specials[ord(piece) - _FIRST_STAND_IN]
-                spelled = self.tokenizer(said, add_special_tokens=False, split_special_tokens=True)
-                ids += spelled["input_ids"]
-                offsets_ += [(at, at + 1)] * len(spelled["input_ids"])
-            elif piece:
-                encoding = self.tokenizer(
-                    piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-                )
-                ids += encoding["input_ids"]
-                offsets_ += [(at + start, at + stop) for start, stop in encoding["offset_mapping"]]
-            at += len(piece)
+        ids, offsets_ = self._encode_rendered(text)
         tokens = np.asarray(ids, dtype=np.int32)
         offsets = np.asarray(offsets_, dtype=np.int64).reshape(-1, 2)
         loss_mask = np.zeros(len(tokens), dtype=bool)
         for start, stop in spans:
             loss_mask |= (offsets[:, 0] >= start) & (offsets[:, 1] <= stop)
         return tokens, loss_mask
+
+    def _encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens of a rendered chat, and the characters that each stands for."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at = 0
+        for piece in _STAND_IN.split(text):
+            if _STAND_IN.fullmatch(piece):
+                said = self.specials[ord(piece) - _FIRST_STAND_IN]
+                spelled = self.tokenizer(said, add_special_tokens=False, split_special_tokens=True)
+                ids += spelled["input_ids"]
+                offsets += [(at, at + 1)] * len(spelled["input_ids"])
+            elif piece:
+                encoding = self.tokenizer(
+                    piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+                )
+                ids += encoding["input_ids"]
+                offsets += [(at + start, at + stop) for start, stop in encoding["offset_mapping"]]
+            at += len(piece)
+        return ids, offsets
 
     def _hide_specials(self, document: Document) -> Document:
         """Put a stand-in character for each special token that a message spells: it is text."""
@@ -212,16 +254,7 @@ class Encoder:
         messages = document.messages or []
 
         def render(number: int, prompt: bool) -> str:
-            try:
-                return str(
-                    self.tokenizer.apply_chat_template(
-                        messages[:number], tokenize=False, add_generation_prompt=prompt
-                    )
-                )
-            except Exception as error:  # a template raises whatever its author chose
-                raise InputError(
-                    f"{document.where}: the chat template refuses these messages: {error}"
-                ) from None
+            return self._render_part(document, number, prompt)
 
         text = render(len(messages), False)
         spans = []
@@ -238,3 +271,16 @@ class Encoder:
                 )
             spans.append((len(before), len(after.rstrip("\n"))))
         return text, spans
+
+    def _render_part(self, document: Document, number: int, prompt: bool) -> str:
+        """The first turns of a chat as text, with the assistant's turn opened if it is a prompt."""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    (document.messages or [])[:number], tokenize=False, add_generation_prompt=prompt
+                )
+            )
+        except Exception as error:  # a template raises whatever its author chose
+            raise InputError(
+                f"{document.where}: the chat template refuses these messages: {error}"
+            ) from None
