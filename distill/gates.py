@@ -133,6 +133,8 @@ def judge(
     folders that cannot be loaded or have other tokenizers, Interrupted after stop(): never because
     of what the candidate answers.
     """
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: expected a folder for the verdict, found a file")
     questions = read_suite(suite)
     rules = None if laws is None else read_laws(laws)
     folders = [candidate, reference, *([earlier] if earlier is not None else [])]
