@@ -15,18 +15,20 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from logitcache.causal_lm import check_model_folder, model_identity
-from logitcache.errors import InputError, Interrupted, StoreError, UsageError
+from logitcache.causal_lm import model_identity
+from logitcache.config import explain
+from logitcache.errors import InputError, Interrupted, UsageError
 from logitcache.files import file_sha256, to_json, write_durable
-from logitcache.tokenise import describe_difference, load_tokenizer, tokenizer_content
+from logitcache.tokenise import load_tokenizer
 
+from .ensemble import check_same_tokenizer
 from .generate import load_speaker
 from .laws import Laws, Violation, read_laws
 from .scoring import Scorer, folder_name, generations, mean, mean_interval
@@ -59,6 +61,16 @@ class GateSettings(BaseModel):
     time_limit_s: float | None = Field(
         default=None, gt=0, description="of one gate; None: no limit"
     )
+
+
+def gate_settings(values: Mapping[str, Any]) -> GateSettings:
+    """Validate settings of the gates; UsageError names each wrong one."""
+    try:
+        return GateSettings(**values)
+    except ValidationError as error:
+        raise UsageError(
+            explain(error), f"settings of the gates: {', '.join(GateSettings.model_fields)}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -177,20 +189,6 @@ def judge(
             _ask_all(role, scorer, questions, note)
         write_records(out, document, generations(questions, asked))
     return document
-
-
-def check_same_tokenizer(folders: Sequence[Path]) -> None:
-    """Refuse what is no model folder, and models that would not read the same tokens."""
-    for folder in folders:
-        check_model_folder(folder)
-    contents = [tokenizer_content(load_tokenizer(folder)) for folder in folders]
-    for folder, content in zip(folders[1:], contents[1:], strict=True):
-        if content != contents[0]:
-            raise StoreError(
-                f"{folder}: its tokenizer is not that of {folders[0]}: "
-                f"{describe_difference(contents[0], content)}",
-                "models of one lineage have the same tokenizer",
-            )
 
 
 def write_records(out: Path, document: dict[str, Any], records: list[dict[str, Any]]) -> None:
