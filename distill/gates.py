@@ -15,62 +15,31 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from logitcache.causal_lm import model_identity
-from logitcache.config import explain
 from logitcache.errors import InputError, Interrupted, UsageError
 from logitcache.files import file_sha256, to_json, write_durable
 from logitcache.tokenise import load_tokenizer
 
 from .ensemble import check_same_tokenizer
+from .gate_settings import GateSettings
 from .generate import load_speaker
 from .laws import Laws, Violation, read_laws
 from .scoring import Scorer, folder_name, generations, mean, mean_interval
 from .suite import AnswerItem, Item, Suite, ToneItem, read_suite
 from .tone import token_divergence, tone_drift
 
+__all__ = ["GATE_NAMES", "GENERATIONS_FILE", "VERDICT_FILE", "GateSettings", "judge"]
+
 VERDICT_FILE, GENERATIONS_FILE = "verdict.json", "generations.jsonl"
 GATE_NAMES = ("recall", "generalize", "tone", "laws")
 # 0.9 - 0.05 is a little more than 0.85: a score on the threshold passes.
 _ROUNDING = 1e-9
 _MAX_TONE_SHOWN = 10
-
-
-class GateSettings(BaseModel):
-    """Settings of the gates; scores are shares from 0 to 1, drift is in bits."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epsilon: float = Field(default=0.05, ge=0, le=1, description="recall may fall this far")
-    delta: float = Field(default=0.02, ge=0, le=1, description="generalize must rise this far")
-    theta: float = Field(default=0.05, ge=0, le=2, description="drift may be this large")
-    min_items: int = Field(default=8, ge=1, description="of recall and of generalize")
-    min_tone_items: int = Field(default=4, ge=2, description="of tone; two halves are compared")
-    max_new_tokens: int = Field(default=64, ge=1, le=1 << 16, description="of a greedy generation")
-    bootstrap_samples: int = Field(
-        default=1000, ge=0, le=100_000, description="resamples of the items"
-    )
-    confidence: float = Field(default=0.95, gt=0, lt=1, description="of the intervals")
-    seed: int = Field(default=0, ge=0, lt=1 << 63, description="of resamples and halves")
-    time_limit_s: float | None = Field(
-        default=None, gt=0, description="of one gate; None: no limit"
-    )
-
-
-def gate_settings(values: Mapping[str, Any]) -> GateSettings:
-    """Validate settings of the gates; UsageError names each wrong one."""
-    try:
-        return GateSettings(**values)
-    except ValidationError as error:
-        raise UsageError(
-            explain(error), f"settings of the gates: {', '.join(GateSettings.model_fields)}"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -103,7 +72,7 @@ class _Case:
     training_violations: Sequence[Violation]
 
 
-class _Watch:
+class Watch:
     """Ends a generation when stopping was asked for, or when a gate's time is up."""
 
     def __init__(self, stop: Callable[[], bool], limit_s: float | None):
@@ -153,7 +122,7 @@ def judge(
     check_same_tokenizer(folders)
     if rules is not None:
         rules.check_fits(questions, load_tokenizer(candidate))
-    watch = _Watch(stop, settings.time_limit_s)
+    watch = Watch(stop, settings.time_limit_s)
     watch()
     note(f"loading {folder_name(candidate)} and {folder_name(reference)} ...")
     child, teacher = (
