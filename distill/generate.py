@@ -9,6 +9,7 @@ two tokens are equally likely to six digits.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from logitcache.causal_lm import Head, choose_device, choose_dtype, hidden_states, load_causal_lm
+from logitcache.causal_lm import choose_device, choose_dtype, load_causal_lm
 from logitcache.documents import Document
 from logitcache.errors import InputError, NonFiniteError
 from logitcache.tokenise import Encoder, load_tokenizer
@@ -142,11 +143,13 @@ class Speaker:
                     f"at most {self.context}"
                 )
             tokens_1L = torch.tensor([ids], device=self.device)
-            positions_1L = torch.arange(len(ids), device=self.device)[None]
-            with _evaluating(self.model):
-                hidden_1LD = hidden_states(self.model, tokens_1L, positions_1L)
-            logits_NV = Head.of(self.model).logits(hidden_1LD[0, first - 1 : -1]).float()
-            yield logits_NV[:, : self.num_tokens], tokens_1L[0, first:]
+            needed = len(ids) - first + 1  # the last one foretells what comes after the answer
+            with _plain(self.model, self.model.generation_config) as model:
+                takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+                kept = {"logits_to_keep": needed} if takes else {}
+                logits_1LV = model(input_ids=tokens_1L, use_cache=False, **kept).logits
+            logits_NV = logits_1LV[0, -needed:-1, : self.num_tokens].float()
+            yield logits_NV, tokens_1L[0, first:]
 
     def _budget(self) -> int:
         return _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"])
