@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from logitcache.causal_lm import model_identity
+from logitcache.causal_lm import choose_device, choose_dtype, model_identity
 from logitcache.errors import InputError, Interrupted, UsageError
 from logitcache.files import file_sha256, to_json, write_durable
 from logitcache.tokenise import load_tokenizer
 
-from .ensemble import check_same_tokenizer
+from .ensemble import check_same_tokenizer, weight_bytes
 from .gate_settings import GateSettings
 from .generate import load_speaker
 from .laws import Laws, Violation, read_laws
@@ -124,7 +124,10 @@ def judge(
         rules.check_fits(questions, load_tokenizer(candidate))
     watch = Watch(stop, settings.time_limit_s)
     watch()
-    note(f"loading {folder_name(candidate)} and {folder_name(reference)} ...")
+    chosen = choose_device(device)
+    size_mb = sum(weight_bytes(f, choose_dtype("auto", chosen)) for f in folders[:2]) / 1e6
+    names = f"{folder_name(candidate)} and {folder_name(reference)}"
+    note(f"loading {names}: {size_mb:,.1f} MB of weights ...")
     child, teacher = (
         Scorer(load_speaker(folder, device, watch), settings.max_new_tokens)
         for folder in (candidate, reference)
@@ -151,11 +154,13 @@ def judge(
     if out is not None:
         watch.started_s = None
         asked = {"child": child, "teacher1": teacher}
+        for role, scorer in asked.items():
+            _ask_all(role, scorer, questions, note)
+            scorer.release()
         if earlier is not None:
             speaker = load_speaker(earlier, device, watch)
             asked["teacher2"] = Scorer(speaker, settings.max_new_tokens)
-        for role, scorer in asked.items():
-            _ask_all(role, scorer, questions, note)
+            _ask_all("teacher2", asked["teacher2"], questions, note)
         write_records(out, document, generations(questions, asked))
     return document
 

@@ -24,10 +24,14 @@ class Scorer:
         self._outputs: dict[Item, Output] = {}
         self._law_outputs: dict[Item, Output] = {}
 
+    def release(self) -> None:
+        """Let the model's memory go; what it answered is kept."""
+        self.speaker.model = None
+
     def outputs(self, items: Sequence[Item]) -> list[Output]:
         """Greedy answers, in the order of the items."""
         asked = [item for item in items if item not in self._outputs]
-        answers = self.speaker.answer(asked, self.max_new_tokens)
+        answers = self.speaker.answer(asked, self.max_new_tokens) if asked else []
         for item, output in zip(asked, answers, strict=True):
             self._outputs[item] = output
         return [self._outputs[item] for item in items]
