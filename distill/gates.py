@@ -296,8 +296,10 @@ def _laws_gate(name: str, items: Sequence[Item], case: _Case) -> _Gate:
     told = [_told(violation, "training") for violation in before]
     if case.laws is None:
         text = "no laws were given"
+        if items:
+            text += f": the suite's {len(items)} law items were not judged"
         if before:
-            text += f" here; {len(before)} violations in training"
+            text += f"; {len(before)} violations in training"
         return _Gate(name, not before, float(len(before)), None, 0.0, 0, None, told, text)
     found, asked = case.child.violations(case.laws, case.suite)
     teachers, _ = case.teacher.violations(case.laws, case.suite)
