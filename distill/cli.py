@@ -12,6 +12,8 @@ import click
 
 from logitcache.command import Options, common_options, quiet_libraries, run_group, stop_on_signal
 
+from .cli_evaluate import evaluate, generate
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="logitcache")
@@ -22,6 +24,10 @@ def cli() -> None:
     distill demo
     distill train --store store --student GEN_N --out child
     """
+
+
+cli.add_command(evaluate)
+cli.add_command(generate)
 
 
 @cli.command()
