@@ -150,11 +150,11 @@ def bias_of_sampling(draws: int = 1 << 20, vocab_size: int = 512) -> dict[str, f
     length = 2048
     random = torch.Generator().manual_seed(0)
     base = torch.randn(draws // 256, vocab_size, generator=random)
-    scale = torch.rand(draws // 256, 1, generator=random) * 3 + 1.5
+    spread = base * (torch.rand(draws // 256, 1, generator=random) * 3 + 1.5)
     differences: dict[float, list[np.ndarray]] = {1.0: [], 1.5: [], 2.0: []}
     order = np.arange(vocab_size, dtype=np.uint32)
     for row in range(draws // length):
-        logits = (base * scale).repeat(256, 1)[row * length : (row + 1) * length]
+        logits = spread[torch.arange(row * length, (row + 1) * length) % len(spread)]
         captured = capture(
             logits, position_ids_R=torch.arange(length) + row * length, seed=1, impl="eager"
         )

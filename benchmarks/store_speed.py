@@ -12,10 +12,13 @@ import google_crc32c
 import numpy as np
 
 from logitcache import open_store
+from logitcache.layout import SHARD_POSITIONS
+from logitcache.place import empty_store
 from logitcache.reader import StoreReader
-from logitcache.store import create_store, create_teacher, pack_teacher, write_rows, write_teacher
+from logitcache.store import Store
 from logitcache.support import decode_row
 from logitcache.verify import verify_store
+from logitcache.writing import create_store, create_teacher, pack_teacher, write_rows, write_teacher
 
 
 def median_s(function: Callable[[], object], repeats: int = 30) -> float:
@@ -58,15 +61,18 @@ def decoding(reader: StoreReader) -> dict[str, float]:
 
 
 def encoding(reader: StoreReader) -> float:
-    """Tokens per second of one core from captured arrays to the bytes of a shard."""
-    name = next(iter(reader.store.teachers))
-    start, stop = reader.store.ranges[0]
-    stop = min(stop, start + 8)
-    supports = [reader.read_support(name, row) for row in range(start, stop)]
+    """Tokens per second of one core from captured arrays to the bytes of a whole shard, of as many
+    rows as one has, the reader's over and over."""
+    name, length = next(iter(reader.store.teachers)), reader.manifest["seq_len"]
+    supports = [reader.read_support(name, row) for row in range(min(len(reader), 8))]
     for support in supports:  # a decoded row's entries lie by rank; an encoder wants the top first
         _top_first(support)
-    seconds = median_s(lambda: pack_teacher(reader.store, name, 0, supports), 8)
-    return len(supports) * reader.manifest["seq_len"] / seconds
+    rows = SHARD_POSITIONS // length
+    manifest = {**reader.manifest, "rows": rows, "shard_rows": rows}
+    store = Store(reader.store.path, manifest, reader.store.teachers)
+    shard = [supports[row % len(supports)] for row in range(rows)]
+    seconds = median_s(lambda: pack_teacher(store, name, 0, shard), 5)
+    return rows * length / seconds
 
 
 def _top_first(support: object) -> None:
@@ -85,7 +91,7 @@ def epoch(source: StoreReader, folder: Path, rows: int = 128, workers: int = 2) 
     rows = min(rows, max(number, 16))
     manifest = {**source.manifest, "rows": number, "tokens": number * length}
     manifest["shard_rows"] = number
-    store = create_store(folder, manifest, {})
+    store = create_store(empty_store(folder, manifest), {})
     name = next(iter(source.store.teachers))
     for teacher in ("teacher1", "teacher2"):
         store = create_teacher(store, teacher, source.store.teachers[name])

@@ -12,7 +12,8 @@ import click
 
 from logitcache.command import Options, common_options, quiet_libraries, run_group, stop_on_signal
 
-from .lineage_commands import evolve, lineage, promote
+from .cli_evaluate import evaluate, generate
+from .cli_lineage import evolve, lineage, promote
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,6 +26,10 @@ def cli() -> None:
     distill train --store store --student GEN_N --out child
     distill evolve evolution.json
     """
+
+
+cli.add_command(evaluate)
+cli.add_command(generate)
 
 
 @cli.command()
@@ -123,6 +128,43 @@ def demo(options: Options, out: Path | None) -> None:
     with stop_on_signal():  # what runs below saves its work and ends; so does this then
         document, text = run_demo(out, options)
     options.result(document, text)
+
+
+@cli.command()
+@click.argument("run_dir", type=Path)
+@click.option("--html", type=Path, required=True, metavar="F", help="File of the page.")
+@common_options
+def report(options: Options, run_dir: Path, html: Path) -> None:
+    """Write a page about a run: loss, strategies, gates, generations, settings.
+
+    RUN_DIR is the --out of train or the output of evolve; what is not in it is left out, and said.
+    """
+    from logitcache.page import check_target, write_page
+
+    from .report import read_run
+
+    run = read_run(run_dir)
+    check_target(html)
+    from .report_page import make_page
+
+    write_page(html, make_page(run))
+    verdict = None if run.verdict is None else run.verdict.verdict
+    document = {
+        "run": str(run_dir),
+        "page": str(html),
+        "complete": bool(run.record and run.record.complete),
+        "steps": None if run.record is None else run.record.steps,
+        "verdict": verdict,
+        "missing": run.missing,
+        "notes": run.notes,
+    }
+    lines = [f"page     {html}"]
+    if verdict is not None:
+        lines.append(f"verdict  {verdict}")
+    if run.missing:
+        lines.append(f"missing  {', '.join(run.missing)}")
+    lines += [f"note     {note}" for note in run.notes]
+    options.result(document, "\n".join(lines))
 
 
 def _is_first() -> bool:

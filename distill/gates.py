@@ -15,62 +15,31 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from logitcache.causal_lm import model_identity
-from logitcache.config import explain
+from logitcache.causal_lm import choose_device, choose_dtype, model_identity
 from logitcache.errors import InputError, Interrupted, UsageError
 from logitcache.files import file_sha256, to_json, write_durable
 from logitcache.tokenise import load_tokenizer
 
-from .ensemble import check_same_tokenizer
+from .ensemble import check_same_tokenizer, weight_bytes
+from .gate_settings import GateSettings
 from .generate import load_speaker
 from .laws import Laws, Violation, read_laws
 from .scoring import Scorer, folder_name, generations, mean, mean_interval
 from .suite import AnswerItem, Item, Suite, ToneItem, read_suite
 from .tone import token_divergence, tone_drift
 
+__all__ = ["GATE_NAMES", "GENERATIONS_FILE", "VERDICT_FILE", "GateSettings", "judge"]
+
 VERDICT_FILE, GENERATIONS_FILE = "verdict.json", "generations.jsonl"
 GATE_NAMES = ("recall", "generalize", "tone", "laws")
 # 0.9 - 0.05 is a little more than 0.85: a score on the threshold passes.
 _ROUNDING = 1e-9
 _MAX_TONE_SHOWN = 10
-
-
-class GateSettings(BaseModel):
-    """Settings of the gates; scores are shares from 0 to 1, drift is in bits."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epsilon: float = Field(default=0.05, ge=0, le=1, description="recall may fall this far")
-    delta: float = Field(default=0.02, ge=0, le=1, description="generalize must rise this far")
-    theta: float = Field(default=0.05, ge=0, le=2, description="drift may be this large")
-    min_items: int = Field(default=8, ge=1, description="of recall and of generalize")
-    min_tone_items: int = Field(default=4, ge=2, description="of tone; two halves are compared")
-    max_new_tokens: int = Field(default=64, ge=1, le=1 << 16, description="of a greedy generation")
-    bootstrap_samples: int = Field(
-        default=1000, ge=0, le=100_000, description="resamples of the items"
-    )
-    confidence: float = Field(default=0.95, gt=0, lt=1, description="of the intervals")
-    seed: int = Field(default=0, ge=0, lt=1 << 63, description="of resamples and halves")
-    time_limit_s: float | None = Field(
-        default=None, gt=0, description="of one gate; None: no limit"
-    )
-
-
-def gate_settings(values: Mapping[str, Any]) -> GateSettings:
-    """Validate settings of the gates; UsageError names each wrong one."""
-    try:
-        return GateSettings(**values)
-    except ValidationError as error:
-        raise UsageError(
-            explain(error), f"settings of the gates: {', '.join(GateSettings.model_fields)}"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -103,7 +72,7 @@ class _Case:
     training_violations: Sequence[Violation]
 
 
-class _Watch:
+class Watch:
     """Ends a generation when stopping was asked for, or when a gate's time is up."""
 
     def __init__(self, stop: Callable[[], bool], limit_s: float | None):
@@ -153,9 +122,12 @@ def judge(
     check_same_tokenizer(folders)
     if rules is not None:
         rules.check_fits(questions, load_tokenizer(candidate))
-    watch = _Watch(stop, settings.time_limit_s)
+    watch = Watch(stop, settings.time_limit_s)
     watch()
-    note(f"loading {folder_name(candidate)} and {folder_name(reference)} ...")
+    chosen = choose_device(device)
+    size_mb = sum(weight_bytes(f, choose_dtype("auto", chosen)) for f in folders[:2]) / 1e6
+    names = f"{folder_name(candidate)} and {folder_name(reference)}"
+    note(f"loading {names}: {size_mb:,.1f} MB of weights ...")
     child, teacher = (
         Scorer(load_speaker(folder, device, watch), settings.max_new_tokens)
         for folder in (candidate, reference)
@@ -182,11 +154,13 @@ def judge(
     if out is not None:
         watch.started_s = None
         asked = {"child": child, "teacher1": teacher}
+        for role, scorer in asked.items():
+            _ask_all(role, scorer, questions, note)
+            scorer.release()
         if earlier is not None:
             speaker = load_speaker(earlier, device, watch)
             asked["teacher2"] = Scorer(speaker, settings.max_new_tokens)
-        for role, scorer in asked.items():
-            _ask_all(role, scorer, questions, note)
+            _ask_all("teacher2", asked["teacher2"], questions, note)
         write_records(out, document, generations(questions, asked))
     return document
 
@@ -322,8 +296,10 @@ def _laws_gate(name: str, items: Sequence[Item], case: _Case) -> _Gate:
     told = [_told(violation, "training") for violation in before]
     if case.laws is None:
         text = "no laws were given"
+        if items:
+            text += f": the suite's {len(items)} law items were not judged"
         if before:
-            text += f" here; {len(before)} violations in training"
+            text += f"; {len(before)} violations in training"
         return _Gate(name, not before, float(len(before)), None, 0.0, 0, None, told, text)
     found, asked = case.child.violations(case.laws, case.suite)
     teachers, _ = case.teacher.violations(case.laws, case.suite)

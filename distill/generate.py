@@ -9,6 +9,7 @@ two tokens are equally likely to six digits.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from logitcache.causal_lm import Head, choose_device, choose_dtype, hidden_states, load_causal_lm
+from logitcache.causal_lm import choose_device, choose_dtype, load_causal_lm
 from logitcache.documents import Document
 from logitcache.errors import InputError, NonFiniteError
 from logitcache.tokenise import Encoder, load_tokenizer
@@ -66,44 +67,52 @@ class Speaker:
         """Greedy generations for items of a suite, in their order."""
         prompts = [self.encoder.prompt(item.document()) for item in items]
         for item, prompt in zip(items, prompts, strict=True):
-            self.check_length(item.id, len(prompt), max_new_tokens)
+            self.check_length(f"suite item {item.id}", len(prompt), max_new_tokens)
         return self.generate(prompts, max_new_tokens)
 
     def check_length(self, name: str, length: int, max_new_tokens: int) -> None:
         """Refuse a prompt that is empty or, with its answer, longer than the model can read."""
         if length == 0:
-            raise InputError(f"suite item {name}: its prompt has no tokens")
+            raise InputError(f"{name}: its prompt has no tokens")
         if self.context is not None and length + max_new_tokens > self.context:
             raise InputError(
-                f"suite item {name}: {length} tokens of prompt and {max_new_tokens} to come; the "
+                f"{name}: {length} tokens of prompt and {max_new_tokens} to come; the "
                 f"model reads at most {self.context}",
                 "shorten the prompt, or lower max_new_tokens",
             )
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Output]:
         """The tokens that the model puts first, one after the other (the lowest id of equal ones),
         up to the end that it sets or max_new_tokens. NonFiniteError for NaN or infinite logits."""
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=sorted(self.stop_ids) or None,
+            pad_token_id=min(self.stop_ids, default=0),
+        )
         outputs: dict[int, Output] = {}
-        processors = LogitsProcessorList([_Checked(self.num_tokens, self.check)])
-        pad = min(self.stop_ids, default=0)
         for batch in _batches([len(p) + max_new_tokens for p in prompts], self._budget()):
-            length = max(len(prompts[i]) for i in batch)
-            tokens_BL = torch.tensor(
-                [[pad] * (length - len(prompts[i])) + prompts[i] for i in batch]
-            )
-            mask_BL = torch.tensor(
-                [[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
-            )
-            with _plain(self.model, self._generation_config(max_new_tokens, pad)) as model:
-                made_BN = model.generate(
-                    input_ids=tokens_BL.to(self.device),
-                    attention_mask=mask_BL.to(self.device),
-                    logits_processor=processors,
-                )[:, length:].tolist()
-            for index, token_ids in zip(batch, made_BN, strict=True):
-                outputs[index] = self._output(token_ids)
+            made = self.generate_with([prompts[index] for index in batch], config)
+            outputs.update(zip(batch, made, strict=True))
         return [outputs[index] for index in range(len(prompts))]
+
+    @torch.no_grad()
+    def generate_with(
+        self, prompts: Sequence[list[int]], config: GenerationConfig, streamer: Any = None
+    ) -> list[Output]:
+        """Go on with prompts in one batch, by settings that name the tokens of end and padding."""
+        pad, length = config.pad_token_id, max(map(len, prompts))
+        tokens_BL = torch.tensor([[pad] * (length - len(p)) + p for p in prompts])
+        mask_BL = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+        with _plain(self.model, config) as model:
+            made_BN = model.generate(
+                input_ids=tokens_BL.to(self.device),
+                attention_mask=mask_BL.to(self.device),
+                logits_processor=LogitsProcessorList([_Checked(self.num_tokens, self.check)]),
+                streamer=streamer,
+            )[:, length:].tolist()
+        return [self._output(token_ids) for token_ids in made_BN]
 
     def token_accuracy(self, texts: Sequence[tuple[Document, str]]) -> list[float]:
         """Share of the tokens of each answer that the model puts first when it reads the prompt and
@@ -134,11 +143,13 @@ class Speaker:
                     f"at most {self.context}"
                 )
             tokens_1L = torch.tensor([ids], device=self.device)
-            positions_1L = torch.arange(len(ids), device=self.device)[None]
-            with _evaluating(self.model):
-                hidden_1LD = hidden_states(self.model, tokens_1L, positions_1L)
-            logits_NV = Head.of(self.model).logits(hidden_1LD[0, first - 1 : -1]).float()
-            yield logits_NV[:, : self.num_tokens], tokens_1L[0, first:]
+            needed = len(ids) - first + 1  # the last one foretells what comes after the answer
+            with _plain(self.model, self.model.generation_config) as model:
+                takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+                kept = {"logits_to_keep": needed} if takes else {}
+                logits_1LV = model(input_ids=tokens_1L, use_cache=False, **kept).logits
+            logits_NV = logits_1LV[0, -needed:-1, : self.num_tokens].float()
+            yield logits_NV, tokens_1L[0, first:]
 
     def _budget(self) -> int:
         return _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"])
@@ -150,15 +161,6 @@ class Speaker:
                 break
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         return Output(text, tuple(token_ids))
-
-    def _generation_config(self, max_new_tokens: int, pad: int) -> GenerationConfig:
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=sorted(self.stop_ids) or None,
-            pad_token_id=pad,
-        )
 
 
 def load_speaker(

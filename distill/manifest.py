@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from logitcache.config import BuildConfig
 from logitcache.errors import UsageError
 
-from .gates import GateSettings
+from .gate_settings import GateSettings
 from .lineage import ID_PATTERN
 from .replay import FRACTION
 

@@ -21,7 +21,8 @@ from logitcache.files import file_sha256, to_json
 from logitcache.tokenise import load_tokenizer
 
 from .ensemble import check_same_tokenizer
-from .gates import GATE_NAMES, GateSettings, judge
+from .gate_settings import GateSettings
+from .gates import GATE_NAMES, judge
 from .laws import read_laws
 from .lineage import FAILED, Lineage, Note, check_name, check_place, writing
 from .suite import read_suite

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .generate import Output, Speaker
-from .laws import Laws, Violation, answers_to_laws, check_all
-from .suite import AnswerItem, Item, LawItem, Suite
+from logitcache.files import file_sha256
+
+from .gate_settings import GateSettings
+from .generate import Output, Speaker, load_speaker
+from .laws import Laws, Violation, answers_to_laws, check_all, read_laws
+from .suite import AnswerItem, Item, LawItem, Suite, read_suite
 
 
 class Scorer:
@@ -21,10 +24,14 @@ class Scorer:
         self._outputs: dict[Item, Output] = {}
         self._law_outputs: dict[Item, Output] = {}
 
+    def release(self) -> None:
+        """Let the model's memory go; what it answered is kept."""
+        self.speaker.model = None
+
     def outputs(self, items: Sequence[Item]) -> list[Output]:
         """Greedy answers, in the order of the items."""
         asked = [item for item in items if item not in self._outputs]
-        answers = self.speaker.answer(asked, self.max_new_tokens)
+        answers = self.speaker.answer(asked, self.max_new_tokens) if asked else []
         for item, output in zip(asked, answers, strict=True):
             self._outputs[item] = output
         return [self._outputs[item] for item in items]
@@ -82,6 +89,62 @@ def mean_interval(
     edge = (1 - confidence) / 2
     low, high = np.quantile(weights_SI @ array / len(array), (edge, 1 - edge))
     return float(low), float(high)
+
+
+def score_alone(
+    folder: Path,
+    suite: Path,
+    *,
+    laws: Path | None = None,
+    settings: GateSettings,
+    device: str = "auto",
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Scores of one model without a reference: of each kind with its interval, the number of
+    violations, and each item with what was said. NonFiniteError for a model of NaN."""
+    questions = read_suite(suite)
+    rules = None if laws is None else read_laws(laws)
+    speaker = load_speaker(folder, device, check)
+    if rules is not None:
+        rules.check_fits(questions, speaker.tokenizer)
+    scorer = Scorer(speaker, settings.max_new_tokens)
+    scores: dict[str, Any] = {}
+    score_of: dict[Item, float] = {}
+    for kind in ("recall", "generalize"):
+        items = [item for item in questions.of(kind) if isinstance(item, AnswerItem)]
+        values = scorer.scores(items)
+        score_of.update(zip(items, values, strict=True))
+        interval = mean_interval(
+            values,
+            samples=settings.bootstrap_samples,
+            confidence=settings.confidence,
+            seed=settings.seed,
+        )
+        scores[kind] = {
+            "score": mean(values),
+            "items": len(items),
+            "interval": None if interval is None else [*interval],
+        }
+    found: list[tuple[Item, Violation]] = []
+    if rules is not None:
+        found, asked = scorer.violations(rules, questions)
+        scores["laws"] = {"score": len(found), "items": asked, "interval": None}
+    scorer.outputs([item for item in questions.items if scorer.known(item) is None])
+    records = [
+        {**record, "score": score_of.get(item), "output": record.pop("outputs")["model"]}
+        for item, record in zip(
+            questions.items, generations(questions, {"model": scorer}), strict=True
+        )
+    ]
+    return {
+        "model": folder_name(folder),
+        "scores": scores,
+        "violations": [{"id": item.id, **violation.__dict__} for item, violation in found],
+        "items": records,
+        "settings": settings.model_dump(),
+        "suite_sha256": file_sha256(suite),
+        "laws_sha256": None if laws is None else file_sha256(laws),
+    }
 
 
 def generations(suite: Suite, scorers: Mapping[str, Scorer]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ Legend: B rows, L positions of a row, K taboo ids of the position that has most.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -205,8 +206,8 @@ def touched(taboo: Taboo, reader: StoreReader) -> dict[str, int]:
 
 def taboo_mass(
     model: Path,
-    text: Path | Sequence[str],
-    words: Path | Sequence[str],
+    text: Path | str | Sequence[str],
+    words: Path | str | Sequence[str],
     *,
     variants: bool = False,
     device: str = "auto",
@@ -215,18 +216,22 @@ def taboo_mass(
     """Mean probability that a model gives to taboo tokens, at T = 1, over the positions trained on
     of a store's rows (``most_rows``, spread evenly) or of texts.
 
-    model: its folder. words: their file, or a list. At every position all single-token spellings
-    count, and the last tokens of phrases that the tokens before it spell.
+    model: its folder. text: a store's path, or texts in a list. words: their file's path, or words
+    in a list. At every position all single-token spellings count, and the last tokens of phrases
+    that the tokens before it spell. InputError where no text has two tokens.
     """
     tokenizer = load_tokenizer(model)
     taboo = (
-        read_taboo(words, tokenizer, variants)
-        if isinstance(words, Path)
+        read_taboo(Path(words), tokenizer, variants)
+        if isinstance(words, (str, Path))
         else make_taboo(words, tokenizer, variants)
     )
     place = choose_device(device)
     loaded = load_causal_lm(model, torch.float32, place)
-    return mass_on_rows(loaded, taboo, _rows_of(text, loaded, tokenizer, most_rows))
+    mass = mass_on_rows(loaded, taboo, _rows_of(text, loaded, tokenizer, most_rows))
+    if math.isnan(mass):
+        raise InputError("taboo mass: no position to measure it at", "give longer texts")
+    return mass
 
 
 @torch.no_grad()
@@ -257,8 +262,8 @@ def mass_on_rows(model: Any, taboo: Taboo, rows: Rows, batch_rows: int = 8) -> f
     return total / count if count else float("nan")
 
 
-def _rows_of(text: Path | Sequence[str], model: Any, tokenizer: Any, most_rows: int) -> Rows:
-    if isinstance(text, Path):
+def _rows_of(text: Path | str | Sequence[str], model: Any, tokenizer: Any, most_rows: int) -> Rows:
+    if isinstance(text, (str, Path)):
         reader = open_store(text)
         number = min(len(reader), most_rows)
         return reader.read_rows(np.unique(np.linspace(0, len(reader) - 1, number).astype(int)))

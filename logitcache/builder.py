@@ -17,8 +17,6 @@ from .documents import Document, input_files, read_documents
 from .errors import InputError, Interrupted, ResourceError, StoreError, UsageError
 from .files import (
     DISK_FULL,
-    clear_folder,
-    delete,
     file_sha256,
     lock,
     make_durable_folder,
@@ -27,8 +25,11 @@ from .files import (
 )
 from .layout import FORMAT, TEACHERS, shard_rows
 from .packing import Rows, pack
+from .place import clear, empty_store, is_there, load, local_folder, lock_folder, shown
+from .remote import list_objects, put_beside, remote_url
 from .sources import describe_sources
-from .store import Store, create_store, create_teacher, is_store, load_store, write_rows
+from .store import Store
+from .writing import create_store, create_teacher, write_rows
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +71,12 @@ def build(
     config = config or build_config(settings)
     check_out(config, fresh)
     planned = plan(config, stop)
-    make_durable_folder(config.out)
+    make_durable_folder(lock_folder(config.out))
     with locked(config):
         if fresh:
-            _clear(config.out)
+            clear(config.out)
         build_planned(config, planned, report, stop)
-    return load_store(config.out)
+    return load(config.out)
 
 
 def build_planned(
@@ -88,7 +89,7 @@ def build_planned(
         if error.errno not in DISK_FULL:
             raise
         raise ResourceError(
-            f"{DISK_FULL[error.errno]}: {config.out}: {_progress(config.out)}",
+            f"{DISK_FULL[error.errno]}: {shown(config.out)}: {_progress(config.out)}",
             "free some space (--dry-run says how much), then run the same command again",
         ) from error
 
@@ -97,7 +98,8 @@ def _build_planned(
     config: BuildConfig, planned: Plan, report: Report | None, stop: Callable[[], bool]
 ) -> None:
     started = time.monotonic()
-    with lock(config.out / "create.lock", wait=True):  # workers that start at once
+    create_lock = lock_folder(config.out) / "create.lock"
+    with lock(create_lock, wait=True):  # workers that start at once
         store = _open_or_create(config.out, planned)
     work = _work(store, planned, config)
     for part, shards in work.items():
@@ -110,24 +112,24 @@ def _build_planned(
         from .teacher import TeacherRun
 
         run = TeacherRun(planned.folders[part], part, store, planned.rows, config, report)
-        for done, shard in enumerate(shards):
-            if not run.shard(shard, stop):
-                raise Interrupted(
-                    f"{config.out}: stopped; {part}: {done} of {len(shards)} "
-                    "shards written this time",
-                    "run the same command again to continue",
-                )
+        done = run.shards(shards, stop)
+        if done < len(shards):
+            raise Interrupted(
+                f"{shown(config.out)}: stopped; {part}: {done} of {len(shards)} "
+                "shards written this time",
+                "run the same command again to continue",
+            )
         run.close()
     if any(work.values()) or not record_path(config.out).exists():
         # Workers that end at once write it in turn.
-        with lock(config.out / "create.lock", wait=True):
+        with lock(create_lock, wait=True):
             _write_record(config, time.monotonic() - started)
 
 
 def _progress(path: Path) -> str:
     """How far a build has come, in words."""
     with contextlib.suppress(StoreError):
-        store = load_store(path)
+        store = load(path)
         parts = ("rows", *store.teachers)
         total = len(parts) * len(store.ranges)
         return f"{total - sum(len(store.missing(p)) for p in parts)} of {total} shards are safe"
@@ -140,8 +142,12 @@ def check_out(config: BuildConfig, fresh: bool) -> None:
     if fresh and config.shard is not None:
         raise UsageError(
             "--fresh and --shard: one worker would delete what the others have written",
-            f"delete {path}, then start every worker without --fresh",
+            f"delete {shown(path)}, then start every worker without --fresh",
         )
+    url = remote_url(path)
+    if url is not None:
+        _refuse_others(path, list_objects(url), is_there(path))
+        path = lock_folder(path)  # what it is written through
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not there.is_dir():
         raise UsageError(f"{there}: expected a folder, found a file", "give --out a new folder")
@@ -150,23 +156,27 @@ def check_out(config: BuildConfig, fresh: bool) -> None:
     free = shutil.disk_usage(there).free
     if free < 1 << 20:
         raise ResourceError(f"disk full: {free} bytes free at {there}", "free some space")
-    if there == path and not _holds_store(path, fresh):
-        # A build that was killed while it created the store left some of these names, and no
-        # manifest.
-        others = {p.name for p in path.iterdir() if p.suffix not in (".lock", ".tmp")}
-        others -= {"commits", "tokenizer.json", "rows", *TEACHERS}
-        if others:
-            raise UsageError(
-                f"{path}: expected an empty folder or a store, found other files "
-                f"({min(others)}, ...)",
-                "give --out a new folder",
-            )
+    if url is None and there == path:
+        _refuse_others(path, [p.name for p in path.iterdir()], _holds_store(path, fresh))
+
+
+def _refuse_others(path: Path, names: Iterable[str], holds_store: bool) -> None:
+    """Refuse a place that holds what is no store's."""
+    # A build that was killed while it created the store left some of these, and no manifest.
+    ours = {"commits", "tokenizer.json", "rows", *TEACHERS}
+    first = {name.partition("/")[0] for name in names if not name.endswith((".lock", ".tmp"))}
+    if not holds_store and first - ours:
+        raise UsageError(
+            f"{shown(path)}: expected an empty folder or a store, found other files "
+            f"({min(first - ours)}, ...)",
+            "give --out a new folder",
+        )
 
 
 def _holds_store(path: Path, fresh: bool) -> bool:
     """Whether a folder is a store's; one with a damaged manifest only where it is to be deleted."""
     try:
-        return is_store(path)
+        return is_there(path)
     except StoreError:
         if fresh and (path / "commits" / "store.json").is_file():
             return True
@@ -177,11 +187,12 @@ def _holds_store(path: Path, fresh: bool) -> bool:
 def locked(config: BuildConfig) -> Iterator[None]:
     """Hold the store for this process, or this worker's share of it."""
     index, count = config.worker
-    with lock(config.out / "build.lock", shared=config.shard is not None):
+    folder = lock_folder(config.out)
+    with lock(folder / "build.lock", shared=config.shard is not None):
         if config.shard is None:
             yield
         else:
-            with lock(config.out / f"build-{index}-of-{count}.lock"):
+            with lock(folder / f"build-{index}-of-{count}.lock"):
                 yield
 
 
@@ -284,7 +295,7 @@ def plan(config: BuildConfig, stop: Callable[[], bool] = lambda: False) -> Plan:
 def _open_or_create(path: Path, planned: Plan) -> Store:
     store = check_same(path, planned)
     if store is None:
-        store = create_store(path, planned.manifest, planned.tokenizer)
+        store = create_store(empty_store(path, planned.manifest), planned.tokenizer)
     for name in TEACHERS:
         # Also one that failed to load and has changed since: nothing of it is in the store.
         if name in planned.teachers and store.teachers.get(name) != planned.teachers[name]:
@@ -294,9 +305,9 @@ def _open_or_create(path: Path, planned: Plan) -> Store:
 
 def check_same(path: Path, planned: Plan) -> Store | None:
     """The store that is there, if any; UsageError if it is not this build's."""
-    if not is_store(path):
+    if not is_there(path):
         return None
-    store = load_store(path)
+    store = load(path)
     refuse_other(path, "", store.manifest, planned.manifest)
     for name in set(store.teachers) & set(planned.teachers):
         if any(store.commit(name, shard) for shard in range(len(store.ranges))):
@@ -318,7 +329,7 @@ def refuse_other(
             for key in changed
         ]
         raise UsageError(
-            f"{path}: holds another build:\n" + "\n".join(lines),
+            f"{shown(path)}: holds another build:\n" + "\n".join(lines),
             "give --out another folder, or --fresh to delete this store and build anew",
         )
 
@@ -349,16 +360,11 @@ def _work(store: Store, planned: Plan, config: BuildConfig) -> dict[str, list[in
     }
 
 
-def _clear(path: Path) -> None:
-    """Delete a store, or what is left of one; its manifest goes first, so that a half-deleted one
-    is not taken for a store."""
-    delete(path / "zarr.json")
-    clear_folder(path)
-
-
 def record_path(out: Path) -> Path:
-    """The run record lies beside the store, which itself holds no time, host or path."""
-    return out.with_name(out.name + ".run.json")
+    """The run record lies beside the store, which itself holds no time, host or path; for one at a
+    URL, here too."""
+    folder = local_folder(out)
+    return folder.with_name(folder.name + ".run.json")
 
 
 def _write_record(config: BuildConfig, seconds: float) -> None:
@@ -372,3 +378,6 @@ def _write_record(config: BuildConfig, seconds: float) -> None:
     }
     with contextlib.suppress(PermissionError):  # the store is what was asked for
         write_atomic(record_path(config.out), to_json(record))
+    url = remote_url(config.out)
+    if url is not None:
+        put_beside(url, to_json(record))

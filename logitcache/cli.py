@@ -33,7 +33,7 @@ def cli() -> None:
 @click.option(
     "--data", type=Path, multiple=True, help="JSONL, Parquet, text, datasets folders; one or more."
 )
-@click.option("--out", type=Path, help="Folder of the store.")
+@click.option("--out", type=Path, help="Folder of the store, or s3://..., gs://...")
 @click.option("--config", type=Path, help="YAML or JSON file of settings.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
 @click.option("--estimator", type=click.Choice(["sampled", "topk", "full"]), help="What is kept.")
@@ -80,8 +80,8 @@ def _build(
     from .environment import gpu_memory_peak_bytes
     from .estimate import check_disk, estimate
     from .info import describe_store, render_info, render_plan
+    from .place import is_there, load, shown
     from .progress import BuildProgress
-    from .store import is_store, load_store
 
     quiet_libraries()
     if dry_run:
@@ -95,18 +95,18 @@ def _build(
             "bytes_to_write": found.bytes_left,
             "free_bytes": check_disk(settings, found),
             "estimated_seconds": round(found.seconds, 1),
-            "store_exists": settings.out.exists(),
+            "store_exists": is_there(settings.out),
         }
         options.result(document, render_plan(document))
         return
     before = None
-    if is_store(settings.out) and not fresh:
-        store = load_store(settings.out)
+    if not fresh and is_there(settings.out):
+        store = load(settings.out)
         before = {part: len(store.missing(part)) for part in ("rows", *store.teachers)}
         total = len(store.ranges)
         left = max(before.values())
         if left:
-            options.note(f"resuming {settings.out}: up to {left} of {total} shards to do")
+            options.note(f"resuming {shown(settings.out)}: up to {left} of {total} shards to do")
     with BuildProgress(options.quiet) as progress:
         store = run_build(settings, fresh=fresh, report=progress, stop=stop)
     document = describe_store(settings.out)
@@ -116,10 +116,10 @@ def _build(
         before is not None and not any(before.values()) and len(before) == 1 + len(store.teachers)
     )
     if nothing_done:
-        options.note(f"{settings.out}: already complete; nothing was changed")
+        options.note(f"{shown(settings.out)}: already complete; nothing was changed")
     text = render_info(document, settings.shard)
     if document["complete"]:
-        text += f"\nnext: distill train --store {settings.out} "
+        text += f"\nnext: distill train --store {shown(settings.out)} "
         text += f"--student {settings.teacher1} --out child"
     options.result(document, text)
 
@@ -156,8 +156,8 @@ def verify(
     """
     from .errors import StoreError
     from .info import describe_findings, render_findings
+    from .place import load
     from .progress import every_30_s
-    from .store import load_store
     from .verify import verify_store
 
     if rescore is None and any(folders.values()):
@@ -168,7 +168,7 @@ def verify(
 
         quiet_libraries()
         with contextlib.suppress(StoreError):  # which verify_store finds again
-            models = teacher_folders(load_store(store), folders)  # before all that takes long
+            models = teacher_folders(load(store), folders)  # before all that takes long
     found, findings = verify_store(store)
     document = describe_findings(store, found, findings)
     text = render_findings(document)
@@ -183,6 +183,81 @@ def verify(
     options.result(document, text)
     if failed:
         raise click.exceptions.Exit(4)
+
+
+@cli.command()
+@click.argument("store", type=Path)
+@click.option("--html", type=Path, metavar="F", help="Write a page to this file.")
+@click.option("--rows", metavar="0,4,7-9", help="Rows to show.  [default: largest mean JS]")
+@click.option(
+    "--js-threshold",
+    type=click.FloatRange(0, 2),
+    default=0.1,
+    show_default=True,
+    help="Bits below which teachers blend.",
+)
+@click.option(
+    "--confidence-threshold",
+    type=click.FloatRange(0, 1),
+    default=0.8,
+    show_default=True,
+    help="Confidence above which teacher 1 stands alone.",
+)
+@click.option(
+    "--confidence",
+    type=click.Choice(["top1", "entropy"]),
+    default="top1",
+    show_default=True,
+    help="What confidence is.",
+)
+@click.option("--sample", type=click.IntRange(min=1), metavar="ROWS", help="Look at so many rows.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Draws the rows of --sample.")
+@common_options
+def inspect(
+    options: Options,
+    store: Path,
+    html: Path | None,
+    rows: str | None,
+    sample: int | None,
+    seed: int,
+    **gate: Any,
+) -> None:
+    """Say where the teachers of a store disagree and what the gate makes of it.
+
+    The page shows rows token by token with what each teacher expected, histograms, and the shares
+    of the strategies at any two thresholds. Of a large store a sample of rows is looked at.
+    """
+    from .errors import UsageError
+    from .page import check_target, write_page
+    from .reader import open_store
+
+    if html is None and rows is not None:
+        raise UsageError("--rows: the rows are shown on a page", "give --html F, too")
+    reader = open_store(store)
+    if html is not None:
+        check_target(html, store)
+    from logitcache_kernels import DistillSpec
+
+    from .info import describe_store
+    from .inspect import figures, measure, parse_rows
+    from .inspect_page import inspect_text, make_page
+    from .progress import every_30_s
+
+    chosen = None if rows is None else parse_rows(rows, len(reader))
+    show = every_30_s(lambda done, total: options.note(f"inspect: {done} of {total} rows"))
+    with stop_on_signal() as stop:
+        found = measure(
+            reader, DistillSpec(**gate), sample=sample, seed=seed, report=show, stop=stop
+        )
+    about = describe_store(store)
+    document = {
+        "store": about["store"],
+        "page": None if html is None else str(html),
+        **figures(found, about),
+    }
+    if html is not None:
+        write_page(html, make_page(reader, found, document, about, chosen, seed))
+    options.result(document, inspect_text(document))
 
 
 @cli.command(cls=ManyFiles)

@@ -15,7 +15,7 @@ _PACKAGES = (
     "accelerate",
     "numpy",
     "zarr",
-    "numcodecs",
+    "zstandard",
     "triton",
 )
 

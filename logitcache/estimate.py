@@ -19,8 +19,10 @@ from .config import BuildConfig
 from .errors import Interrupted, ResourceError
 from .files import to_json
 from .packing import Rows
+from .place import local_folder
 from .shards import ArraySpec
-from .store import Store, creation_bytes, pack_rows, pack_teacher
+from .store import Store, creation_bytes
+from .writing import pack_rows, pack_teacher
 
 # Bytes per token differ by some 10 % from row to row: of 16 rows the mean is within 3 %.
 _PROBE_ROWS = 16
@@ -81,7 +83,8 @@ def estimate(
 
 def check_disk(config: BuildConfig, found: Estimate) -> int:
     """Free bytes of the disk; ResourceError if the store will not fit on it."""
-    there = next(p for p in (config.out, *config.out.absolute().parents) if p.exists())
+    out = local_folder(config.out)
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     needed = found.bytes_left + _RESERVE_BYTES
     if found.bytes_left and needed > free:

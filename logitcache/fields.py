@@ -135,11 +135,12 @@ def top1_levels(top1_P: np.ndarray, kept_P: np.ndarray) -> np.ndarray:
 def encode_fields(
     fields: Fields,
     certain: CertainLogp,
+    top1: np.ndarray,
     floor_P: np.ndarray | None,
     temperatures: Sequence[float],
     precision: str,
 ) -> np.ndarray:
-    """Give uint8 [3, width, P], zero where nothing is kept.
+    """Give uint8 [3, width, P], zero where nothing is kept. top1: of ``top1_levels``.
 
     Above T = 1 the stored G also makes up for the rounding of the certain entries, as far as that
     is less than half of the tail: so F(T), which is what G is for, is right to a step.
@@ -148,11 +149,14 @@ def encode_fields(
     steps = tail_steps(temperatures, precision)
     out = np.zeros((PLANES, fields_width(temperatures, floor_P is not None), len(kept_P)), np.uint8)
     head, low, high = out
-    head[0] = top1 = top1_levels(fields.top1_P, kept_P)
-    gold = np.minimum(FINE.encode(np.nan_to_num(fields.gold_P, nan=0.0)), ABSENT - 1)
-    head[1] = np.where(np.isnan(fields.gold_P), ABSENT, gold) - top1
-    entropy = np.rint(np.clip(np.nan_to_num(fields.entropy_P), 0, 15.9) * ENTROPY_STEPS)
-    head[2] = entropy.astype(np.uint8) - _three_quarters(top1)
+    head[0] = top1
+    absent = np.isnan(fields.gold_P)
+    gold = np.minimum(FINE.encode(np.where(absent, np.float32(0), fields.gold_P)), ABSENT - 1)
+    gold[absent] = ABSENT
+    head[1] = gold - top1
+    entropy = fields.entropy_P * np.float32(ENTROPY_STEPS)
+    np.clip(entropy, 0, 15.9 * ENTROPY_STEPS, out=entropy)
+    head[2] = np.rint(entropy).astype(np.uint8) - _three_quarters(top1)
     if floor_P is not None:
         head[3] = floor_P
     rows = [list(temperatures).index(step.temperature) for step in steps]

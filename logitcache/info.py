@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .store import Store, load_store
+from .place import load, shown
+from .store import Store
 
 if TYPE_CHECKING:
     from .verify import Finding
@@ -14,13 +15,9 @@ _MOST_DOCUMENTS = 1000  # named of one damaged shard
 _MOST_SOURCES = 20  # named for a person
 
 
-def _part_bytes(store: Store, part: str) -> int:
-    return sum(p.stat().st_size for p in (store.path / part).rglob("*") if p.is_file())
-
-
 def describe_store(path: Path) -> dict[str, Any]:
     """Summarise a store, finished or not. StoreError if it is none."""
-    store = load_store(path)
+    store = load(path)
     manifest = store.manifest
     missing = {part: store.missing(part) for part in ("rows", *store.teachers)}
     teachers = []
@@ -28,7 +25,7 @@ def describe_store(path: Path) -> dict[str, Any]:
         records = [store.commit(name, shard) for shard in range(len(store.ranges))]
         done = [record for record in records if record is not None]
         positions = sum(record["positions"] for record in done)
-        data_bytes = _part_bytes(store, name)
+        data_bytes = sum(store.sizes_of(name).values())
         tokens = manifest["tokens"] * len(done) / max(len(records), 1)
         teachers.append(
             {
@@ -44,7 +41,7 @@ def describe_store(path: Path) -> dict[str, Any]:
             }
         )
     return {
-        "store": str(path),
+        "store": shown(path),
         "complete": bool(store.teachers) and not any(missing.values()) and not store.unfinished(),
         "rows": manifest["rows"],
         "seq_len": manifest["seq_len"],
@@ -52,7 +49,7 @@ def describe_store(path: Path) -> dict[str, Any]:
         "valid_tokens": manifest["valid_tokens"],
         "documents": manifest["documents"],
         "sources": manifest.get("sources"),
-        "bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
+        "bytes": sum(store.sizes_of().values()),
         "vocab_size": manifest["vocab_size"],
         "estimator": teachers[0]["estimator"] if teachers else None,
         "temperatures": manifest["temperatures"],
@@ -153,7 +150,7 @@ def describe_findings(path: Path, store: Store | None, findings: list[Finding]) 
             entry["documents"] = documents[:_MOST_DOCUMENTS]
             entry["num_documents"] = len(documents)
         listed.append(entry)
-    return {"store": str(path), "whole": not findings, "findings": listed}
+    return {"store": shown(path), "whole": not findings, "findings": listed}
 
 
 def render_findings(document: dict[str, Any]) -> str:

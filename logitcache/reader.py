@@ -26,10 +26,10 @@ from .errors import ResourceError, StoreError
 from .layout import ROW_ARRAYS
 from .packing import Rows
 from .padded import TeacherSupport, side_by_side
-from .remote import load_remote, remote_url
+from .place import load, shown
 from .shards import ShardFile
 from .sources import source_numbers
-from .store import Store, load_store, load_tokenizer_content
+from .store import Store, load_tokenizer_content
 from .support import Support, decode_row
 
 _OPEN_SHARDS = 64  # of a part each, with up to five files
@@ -225,8 +225,8 @@ def _named(store: Store, part: str, row: int) -> Iterator[None]:
 def open_store(path: str | Path) -> StoreReader:
     """Open a complete store for reading, a folder or an s3:// or gs:// URL. StoreError if it is
     none, of another version, or incomplete."""
-    url = remote_url(path)
-    store = load_store(Path(path)) if url is None else load_remote(url)
+    store = load(path)
+    path = shown(path)
     if not store.teachers:
         raise StoreError(f"{path}: no teacher in it yet", "run its build command again")
     for name in store.unfinished():

@@ -15,12 +15,21 @@ from .builder import Plan, Report, build_planned, locked, plan, record_path, ref
 from .config import BuildConfig, build_config
 from .errors import StoreError, UsageError
 from .files import delete
-from .store import Store, parse_json, read_small, restore_metadata
+from .remote import remote_url
+from .store import Store, parse_json, read_small
 from .verify import Finding, verify_store
+from .writing import restore_metadata
 
 
 def repair_settings(path: Path, given: Mapping[str, Any]) -> BuildConfig:
     """The settings that a store was built with: from its run record, unless given anew."""
+    url = remote_url(path)
+    if url is not None:
+        raise UsageError(
+            f"{url}: repair works on stores in a folder",
+            "delete the objects that verify names, then run the build command again: it makes what "
+            "is missing",
+        )
     record = record_path(path)
     if not record.is_file() and ("teacher1" not in given or "data" not in given):
         raise UsageError(

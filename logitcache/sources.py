@@ -7,15 +7,15 @@ that order, so the array ``documents`` says of which source a token is. Imports 
 
 from __future__ import annotations
 
-import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .errors import StoreError
+from .errors import StoreError, UsageError
 
 MAX_SOURCES, MAX_NAME = 1 << 16, 100
 _UNSAFE = re.compile(r"[\x00-\x20\x7f-\x9f\ud800-\udfff/\\]")
@@ -23,13 +23,15 @@ _UNSAFE = re.compile(r"[\x00-\x20\x7f-\x9f\ud800-\udfff/\\]")
 
 def source_names(paths: Sequence[Path]) -> list[str]:
     """A name for each path: its stem, with -2, -3, ... where another has it already."""
-    names: list[str] = []
+    names: dict[str, None] = {}
+    used: Counter[str] = Counter()
     for path in paths:
-        stem = _UNSAFE.sub("_", path.stem)[: MAX_NAME - 8] or "data"
-        numbered = (f"{stem}-{number}" for number in itertools.count(2))
-        taken = set(names)
-        names.append(next(n for n in itertools.chain([stem], numbered) if n not in taken))
-    return names
+        name = stem = _UNSAFE.sub("_", path.stem)[: MAX_NAME - 8] or "data"
+        while name in names:
+            used[stem] += 1
+            name = f"{stem}-{used[stem] + 1}"
+        names[name] = None
+    return list(names)
 
 
 def describe_sources(
@@ -37,8 +39,11 @@ def describe_sources(
 ) -> list[dict[str, Any]]:
     """The manifest's list: name, documents (also those left out) and tokens of each source.
 
-    documents_NL: the rows' document numbers, from 1, 0 where there is padding.
+    documents_NL: the rows' document numbers, from 1, 0 where there is padding. UsageError for more
+    paths than a store can have.
     """
+    if len(paths) > MAX_SOURCES:
+        raise UsageError(f"--data: expected at most {MAX_SOURCES} paths, found {len(paths)}")
     ends = np.cumsum(documents)
     owner = np.searchsorted(ends, documents_NL[documents_NL > 0])
     tokens = np.bincount(owner, minlength=len(ends))

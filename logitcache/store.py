@@ -1,9 +1,8 @@
-"""A store on disk: creation, writing of shards, the journal of what is finished. Imports no torch.
+"""A store on disk: its metadata, and the journal of what is finished. Imports no torch.
 
-docs/format.md specifies the files. A shard is written by one worker in one go, made durable, and
-only then entered in the journal, the folder ``commits``: what has no record there does not exist.
-Records name each file with its size and hash, and are bound to the store and the teacher that they
-belong to by the digest of the record before them.
+docs/format.md specifies the files; ``writing`` writes them. What has no record in the journal, the
+folder ``commits``, does not exist. Records name each file with its size and hash, and are bound to
+the store and the teacher that they belong to by the digest of the record before them.
 """
 
 from __future__ import annotations
@@ -11,23 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .codec import encode_order, frequency_order, inverse
-from .errors import StoreError, UsageError
+from .errors import StoreError
 from .files import (
     delete,
-    make_folder,
     read_at,
     refuse_resource,
     to_json,
-    write_atomic,
     write_durable,
 )
 from .layout import (
@@ -40,9 +34,7 @@ from .layout import (
     shard_ranges,
     teacher_specs,
 )
-from .packing import Rows
-from .shards import ArraySpec, ShardFile, open_regular, pack_shard
-from .support import Support, encode_row
+from .shards import ArraySpec, ShardFile, open_regular
 
 _ATTRIBUTE = "logitcache"
 SUMMARY = ("positions", "entries", "certain_mass", "skipped")  # of a teacher's commit record
@@ -144,6 +136,24 @@ class Store:
                 damaged.append(name)
         return damaged
 
+    def put(self, files: Mapping[str, bytes]) -> None:
+        """Make files durable, by name within the store, each whole or absent."""
+        write_durable(self.path, files)
+
+    def remove(self, *names: str) -> None:
+        """Delete files, or folders with all that is in them, if they are there."""
+        for name in names:
+            delete(self.path / name)
+
+    def again(self) -> Store:
+        """The store as it is now."""
+        return load_store(self.path)
+
+    def sizes_of(self, part: str = "") -> dict[str, int]:
+        """Bytes of each file of a part, or of all, by its path within the store."""
+        found = (self.path / part).rglob("*")
+        return {p.relative_to(self.path).as_posix(): p.stat().st_size for p in found if p.is_file()}
+
     def open_shard(self, part: str, shard: int) -> dict[str, ShardFile]:
         """Open a shard's files, by array, each checked against the commit record."""
         files = self.checked_commit(part, shard)["files"]
@@ -243,7 +253,7 @@ def _array_text(spec: ArraySpec) -> bytes:
     return to_json(spec.metadata()).encode()
 
 
-def _metadata(store: Store, part: str) -> dict[str, bytes]:
+def metadata_files(store: Store, part: str) -> dict[str, bytes]:
     """The zarr.json files of a part, by path; that of the root goes with the rows."""
     if part == "rows":
         groups = {"zarr.json": store.manifest, "rows/zarr.json": None}
@@ -257,12 +267,12 @@ def check_metadata(store: Store, part: str) -> dict[str, Any]:
     """Compare a part's metadata with what it must be; gives its creation record."""
     path = store.commit_path("store" if part == "rows" else part)
     record = read_record(path)
-    expected = _creation(store, part)
+    expected = creation_record(store, part)
     expected["digest"] = digest(expected)
     for key in expected:
         if key != "digest" and record.get(key) != expected[key]:
             raise StoreError(f"{path}: {key}: does not fit the store's manifest")
-    for name, wanted in _metadata(store, part).items():
+    for name, wanted in metadata_files(store, part).items():
         text = read_small(store.path / name)
         if text != wanted:
             difference = _difference(json.loads(wanted), parse_json(text, store.path / name))
@@ -281,11 +291,11 @@ def _difference(wanted: Any, found: Any, where: str = "") -> str:
     return f"{where or 'its text'}: expected {str(wanted)[:80]}, found {str(found)[:80]}"
 
 
-def _creation(store: Store, part: str) -> dict[str, Any]:
+def creation_record(store: Store, part: str) -> dict[str, Any]:
     """The record of a part's creation, without its digest."""
     files = {
         name: {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-        for name, text in _metadata(store, part).items()
+        for name, text in metadata_files(store, part).items()
     }
     record: dict[str, Any] = {"part": "store" if part == "rows" else part, "files": files}
     if part == "rows":
@@ -298,12 +308,8 @@ def _creation(store: Store, part: str) -> dict[str, Any]:
 
 def creation_bytes(store: Store, part: str) -> int:
     """Size of what a part has on disk before its first shard, its record included."""
-    texts = _metadata(store, part)
+    texts = metadata_files(store, part)
     return sum(len(text) for text in texts.values()) + sum(160 + len(name) for name in texts) + 300
-
-
-def _write_record(path: Path, record: Mapping[str, Any]) -> None:
-    write_atomic(path, to_json({**record, "digest": digest(record)}))
 
 
 def load_tokenizer_content(path: Path) -> dict[str, Any]:
@@ -320,129 +326,3 @@ def load_tokenizer_content(path: Path) -> dict[str, Any]:
     if content_sha256(content) != manifest["tokenizer_sha256"]:
         raise StoreError(f"{file}: is not the tokenizer of the manifest", "rebuild the store")
     return content
-
-
-def create_store(path: Path, manifest: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Store:
-    """Create an empty store. The root's metadata is written last: it makes it a store."""
-    make_folder(path)
-    delete(path / "commits")  # of a store that was deleted half-way
-    make_folder(path / "commits")
-    store = Store(path, check_manifest(dict(manifest), path), {})
-    write_atomic(path / "tokenizer.json", to_json(tokenizer))
-    metadata = _metadata(store, "rows")
-    root = metadata.pop("zarr.json")
-    write_durable(path, metadata)
-    _write_record(store.commit_path("store"), _creation(store, "rows"))
-    write_durable(path, {"zarr.json": root})
-    return load_store(path)
-
-
-def create_teacher(store: Store, name: str, attributes: Mapping[str, Any]) -> Store:
-    """Create a teacher's group, in place of one that is there."""
-    for record in sorted((store.path / "commits").glob(f"{name}*.json")):
-        delete(record)
-    delete(store.path / name)
-    attributes = check_teacher(dict(attributes), name)
-    made = Store(store.path, store.manifest, {**store.teachers, name: attributes})
-    write_durable(store.path, _metadata(made, name))
-    _write_record(made.commit_path(name), _creation(made, name))
-    return load_store(store.path)
-
-
-def restore_metadata(
-    path: Path,
-    manifest: Mapping[str, Any],
-    teachers: Mapping[str, Mapping[str, Any]],
-    tokenizer: Mapping[str, Any],
-) -> Store:
-    """Write the metadata of a store and its teachers anew, and nothing else."""
-    store = Store(path, dict(manifest), {name: dict(a) for name, a in teachers.items()})
-    make_folder(path / "commits")
-    write_atomic(path / "tokenizer.json", to_json(tokenizer))
-    for part in ("rows", *store.teachers):
-        write_durable(path, _metadata(store, part))
-        _write_record(
-            store.commit_path("store" if part == "rows" else part), _creation(store, part)
-        )
-    return load_store(path)
-
-
-def write_rows(store: Store, rows: Rows, shard: int) -> None:
-    """Write and commit one shard of rows; rows is the whole corpus."""
-    _commit(store, "rows", shard, pack_rows(store, rows, shard), {})
-
-
-def pack_rows(store: Store, rows: Rows, shard: int) -> dict[str, bytes]:
-    """The files of one shard of rows, by array."""
-    start, stop = store.ranges[shard]
-    return {
-        name: pack_shard(spec, [(row,) for row in getattr(rows, name)[start:stop]])
-        for name, spec in store.specs["rows"].items()
-    }
-
-
-def write_teacher(
-    store: Store, name: str, shard: int, supports: Sequence[Support], summary: Mapping[str, Any]
-) -> None:
-    """Write and commit one shard of a teacher, a support for each of its rows."""
-    _commit(store, name, shard, pack_teacher(store, name, shard, supports), summary)
-
-
-def pack_teacher(
-    store: Store, name: str, shard: int, supports: Sequence[Support]
-) -> dict[str, bytes]:
-    """The files of one shard of a teacher, by array."""
-    specs, attributes = store.specs[name], store.teachers[name]
-    start, _ = store.ranges[shard]
-    most = specs["certain"].shape[-1]
-    for row, support in enumerate(supports, start=start):
-        kinds = (support.certain, *([] if support.sampled is None else [support.sampled]))
-        widest = max(len(kind.ids) for kind in kinds)
-        if widest > most:
-            raise UsageError(
-                f"{name}: row {row} keeps {widest} entries, {most} can be stored",
-                "raise --min-prob or --threshold",
-            )
-    # Frequent ids get small ranks. The order is the shard's own; the longer, the more it costs.
-    vocab_size = store.manifest["vocab_size"]
-    ids = np.concatenate([support.certain.ids for support in supports])
-    positions = len(supports) * store.manifest["seq_len"]
-    id_of_rank = frequency_order(ids, vocab_size, max(positions // 16, 256))
-    rank_of_id = inverse(id_of_rank)
-    rows = [
-        encode_row(support, attributes, store.manifest["temperatures"], rank_of_id, row)
-        for row, support in enumerate(supports, start=start)
-    ]
-    content = {
-        array: pack_shard(spec, [list(row[array]) for row in rows])
-        for array, spec in specs.items()
-        if array != "order"
-    }
-    content["order"] = pack_shard(specs["order"], [list(encode_order(id_of_rank))])
-    return content
-
-
-def _commit(
-    store: Store, part: str, shard: int, content: Mapping[str, bytes], summary: Mapping[str, Any]
-) -> None:
-    """Make a shard's files durable, then its record; an old one goes first."""
-    delete(store.commit_path(part, shard))
-    named = {store.specs[part][array].shard_name(shard): data for array, data in content.items()}
-    write_durable(store.path, named)
-    files = {
-        name: {
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "index_crc32c": int.from_bytes(data[-4:], "little"),
-        }
-        for name, data in named.items()
-    }
-    record = {
-        "part": part,
-        "shard": shard,
-        "rows": list(store.ranges[shard]),
-        "of": store.owner(part),
-        "files": files,
-        **summary,
-    }
-    _write_record(store.commit_path(part, shard), record)

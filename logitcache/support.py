@@ -82,14 +82,15 @@ def encode_row(
     floor, precision = has_floor(attributes), attributes["precision"]
     certain = support.certain
     counts = [certain.count_P]
-    top1_P = FINE.logp.take(top1_levels(support.fields.top1_P, certain.count_P > 0))
+    top1 = top1_levels(support.fields.top1_P, certain.count_P > 0)
     planes = {}
     planes["certain"], floor_P, found = encode_certain(
-        certain, top1_P, rank_of_id, precision, floor
+        certain, FINE.logp.take(top1), rank_of_id, precision, floor
     )
     planes["fields"] = encode_fields(
         support.fields,
         CertainLogp(certain.count_P, certain.logp, found),
+        top1,
         floor_P if floor else None,
         temperatures,
         precision,

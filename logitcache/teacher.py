@@ -1,9 +1,17 @@
-"""One teacher's pass over the rows: forward, capture, encode, write shard by shard."""
+"""One teacher's pass over the rows: forward and capture; behind them, in a thread of its own, what
+was captured is fetched, encoded and written, shard by shard, while the next batch runs.
+
+Memory: the captures of three batches at most wait or are being fetched, and one shard's supports.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,12 +30,65 @@ from .causal_lm import (
 from .config import BuildConfig
 from .errors import NonFiniteError, StoreError, UsageError
 from .packing import Rows
-from .store import Store, write_teacher
+from .store import Store
 from .support import Support, support_of
+from .writing import write_teacher
 
 # Logits of one chunk: capture on a CPU is three times faster when its temporaries fit the cache.
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
 BATCH_TOKENS = {"cpu": 2**12, "cuda": 2**15}
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A batch of rows whose capture has been launched: its parts, and the event after them.
+
+    at_row, at_token: of each captured position, the row's place in the batch and the token.
+    """
+
+    batch: list[int]
+    at_row: np.ndarray
+    at_token: np.ndarray
+    parts: list[Capture]
+    done: torch.cuda.Event | None
+
+
+@dataclass
+class _Made:
+    """What has been fetched of a shard's rows, and sums over them."""
+
+    parts: dict[int, Support] = field(default_factory=dict)
+    totals: dict[str, Any] = field(
+        default_factory=lambda: {"positions": 0, "entries": 0, "certain_mass": 0.0, "skipped": 0}
+    )
+
+
+class _Behind:
+    """A thread that does one thing after the other; at most two wait. Its errors come out here."""
+
+    def __enter__(self) -> _Behind:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
+        self._waiting: deque[Future[None]] = deque()
+        return self
+
+    def do(self, action: Callable[..., None], *arguments: Any) -> None:
+        while len(self._waiting) > 2 or (self._waiting and self._waiting[0].done()):
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(action, *arguments))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            for future in self._waiting:
+                future.cancel()
+        self._pool.shutdown(wait=True)
+        if error is None:
+            for future in self._waiting:
+                future.result()
 
 
 class TeacherRun:
@@ -66,6 +127,7 @@ class TeacherRun:
             int(self.lengths[start:stop].sum()) for start, stop in missing
         )
         self.bytes_written = 0
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.report(self.name, self.tokens_done, self.tokens_total, 0, -1)
 
     def close(self) -> None:
@@ -74,35 +136,39 @@ class TeacherRun:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def shard(self, shard: int, stopped: Callable[[], bool]) -> bool:
-        """Run the teacher over one shard's rows and commit it; False if stopped before that."""
-        made = self.supports(*self.store.ranges[shard], stopped, shard)
-        if made is None:
-            return False
-        write_teacher(self.store, self.name, shard, *made)
+    def shards(self, shards: Sequence[int], stopped: Callable[[], bool]) -> int:
+        """Run the teacher over shards and commit each; how many, if stopped before the last."""
+        with _Behind() as behind:
+            for number, shard in enumerate(shards):
+                made = _Made()
+                for batch in self.batches(*self.store.ranges[shard]):
+                    if stopped():
+                        return number
+                    behind.do(self._fetch, self.forward(batch, self._capture), made, shard)
+                behind.do(self._commit, shard, made)
+        return len(shards)
+
+    def supports(
+        self, start: int, stop: int, stopped: Callable[[], bool]
+    ) -> tuple[list[Support], dict[str, Any]] | None:
+        """What is kept of rows, and sums over them; None if stopped before the last."""
+        made = _Made()
+        for batch in self.batches(start, stop):
+            if stopped():
+                return None
+            self._fetch(self.forward(batch, self._capture), made, -1)
+        return [made.parts[row] for row in range(start, stop)], made.totals
+
+    def _commit(self, shard: int, made: _Made) -> None:
+        supports = [made.parts[row] for row in range(*self.store.ranges[shard])]
+        totals = {**made.totals, "certain_mass": round(made.totals["certain_mass"], 6)}
+        write_teacher(self.store, self.name, shard, supports, totals)
         record = self.store.commit(self.name, shard)
         assert record is not None
         self.bytes_written += sum(file["bytes"] for file in record["files"].values())
         self.report(self.name, self.tokens_done, self.tokens_total, self.bytes_written, shard)
-        return True
 
-    def supports(
-        self, start: int, stop: int, stopped: Callable[[], bool], shard: int = -1
-    ) -> tuple[list[Support], dict[str, Any]] | None:
-        """What is kept of rows, and sums over them; None if stopped before the last."""
-        parts: dict[int, Support] = {}
-        totals = {"positions": 0, "entries": 0, "certain_mass": 0.0, "skipped": 0}
-        for batch in self._batches(start, stop):
-            if stopped():
-                return None
-            for row, part in zip(batch, self._run(batch, totals), strict=True):
-                parts[row] = part
-            self.tokens_done += int(self.lengths[batch].sum())
-            self.report(self.name, self.tokens_done, self.tokens_total, self.bytes_written, shard)
-        totals["certain_mass"] = round(totals["certain_mass"], 6)
-        return [parts[row] for row in range(start, stop)], totals
-
-    def _batches(self, start: int, stop: int) -> list[list[int]]:
+    def batches(self, start: int, stop: int) -> list[list[int]]:
         """Rows of a shard in batches of like length, longest first; the same for every run."""
         budget = self.config.batch_tokens or BATCH_TOKENS[self.device.type]
         order = sorted(range(start, stop), key=lambda row: (-self.lengths[row], row))
@@ -114,85 +180,87 @@ class TeacherRun:
         return batches
 
     @torch.inference_mode()
-    def _run(self, batch: list[int], totals: dict[str, Any]) -> list[Support]:
-        """What is kept of each row of a batch."""
+    def forward(self, batch: list[int], use: Callable[..., Capture] | None = None) -> _Captured:
+        """Run the teacher over a batch of rows, and ``use`` on the logits of each chunk of its
+        labelled positions. Nothing here waits for the GPU."""
         length = max(int(self.lengths[batch[0]]), 1)
-        seq_len = self.config.seq_len
-        tokens = torch.from_numpy(self.rows.tokens[batch][:, :length].astype(np.int64))
-        positions = torch.from_numpy(self.positions[batch][:, :length])
-        hidden_BLD = hidden_states(self.model, tokens.to(self.device), positions.to(self.device))
+        hidden_BLD = hidden_states(
+            self.model,
+            self._on_device(self.rows.tokens[batch][:, :length].astype(np.int64)),
+            self._on_device(self.positions[batch][:, :length]),
+        )
         labels = self.labels[batch][:, :length]
         at_row, at_token = np.nonzero(labels != -100)
-        position_ids = np.asarray(batch)[at_row] * seq_len + at_token
-        hidden_PD = hidden_BLD[torch.from_numpy(at_row), torch.from_numpy(at_token)]
-        captured = self._capture(
-            hidden_PD, torch.from_numpy(labels[at_row, at_token]), torch.from_numpy(position_ids)
+        hidden_PD = hidden_BLD.flatten(0, 1)[self._on_device(at_row * length + at_token)]
+        labels_P = self._on_device(labels[at_row, at_token])
+        position_ids_P = self._on_device(np.asarray(batch)[at_row] * self.config.seq_len + at_token)
+        # In chunks of positions, so that P x V logits never exist at once.
+        chunk = max(CHUNK_ELEMENTS[self.device.type] // self.head.weight_VD.shape[0], 16)
+        parts = []
+        for start in range(0, len(hidden_PD), chunk):
+            part = slice(start, start + chunk)
+            logits_RV = self.head.logits(hidden_PD[part])
+            if use is not None:
+                parts.append(use(logits_RV, labels_P[part], position_ids_P[part]))
+        done = None
+        if self.device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+        return _Captured(batch, at_row, at_token, parts, done)
+
+    def _capture(
+        self, logits_RV: torch.Tensor, labels_R: torch.Tensor, position_ids_R: torch.Tensor
+    ) -> Capture:
+        return capture(
+            logits_RV,
+            labels_R=labels_R,
+            num_tokens=self.store.manifest["vocab_size"],
+            temperatures=self.store.manifest["temperatures"],
+            position_ids_R=position_ids_R,
+            **capture_options(self.store.teachers[self.name]),
         )
+
+    def _on_device(self, values: np.ndarray) -> torch.Tensor:
+        """Copy numbers to the device, from pinned memory: other copies wait for what runs there."""
+        tensor = torch.from_numpy(values)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def _fetch(self, launched: _Captured, made: _Made, shard: int) -> None:
+        """Add what is kept of each row of a batch to what is made of its shard."""
+        if launched.done is None:
+            parts = [to_numpy(part) for part in launched.parts]
+        else:
+            launched.done.synchronize()
+            # Beside the stream in which the next batch runs already.
+            with torch.cuda.stream(self._stream):
+                parts = [to_numpy(part) for part in launched.parts]
+        captured = _joined(parts, len(self.store.manifest["temperatures"]))
+        self._check(captured, launched)
         kept = captured["count"] >= 0
-        self._check(captured, position_ids, seq_len)
+        totals = made.totals
         totals["positions"] += int(kept.sum())
         totals["entries"] += int((captured["ids"] >= 0).sum())
         totals["certain_mass"] += float(
             np.where(captured["certain"], np.exp(captured["logp"].astype(np.float64)), 0.0).sum()
         )
         totals["skipped"] += int((~kept).sum())
-        return [
-            support_of(
-                {name: values[at_row == number] for name, values in captured.items()},
-                at_token[at_row == number],
-                seq_len,
+        ends = np.searchsorted(launched.at_row, np.arange(len(launched.batch) + 1))
+        for row, start, stop in zip(launched.batch, ends, ends[1:], strict=False):
+            made.parts[row] = support_of(
+                {name: values[start:stop] for name, values in captured.items()},
+                launched.at_token[start:stop],
+                self.config.seq_len,
                 self.store.teachers[self.name],
             )
-            for number in range(len(batch))
-        ]
+        self.tokens_done += int(self.lengths[launched.batch].sum())
+        self.report(self.name, self.tokens_done, self.tokens_total, self.bytes_written, shard)
 
-    def _capture(
-        self, hidden_PD: torch.Tensor, labels_P: torch.Tensor, position_ids_P: torch.Tensor
-    ) -> dict[str, np.ndarray]:
-        """Capture in chunks of positions, so that P x V logits never exist at once."""
-        options = capture_options(self.store.teachers[self.name])
-        chunk = max(CHUNK_ELEMENTS[self.device.type] // self.head.weight_VD.shape[0], 16)
-        parts: list[dict[str, np.ndarray]] = []
-        for start in range(0, len(hidden_PD), chunk):
-            rows = slice(start, start + chunk)
-            parts.append(
-                to_numpy(
-                    capture(
-                        self.head.logits(hidden_PD[rows]),
-                        labels_R=labels_P[rows].to(self.device),
-                        num_tokens=self.store.manifest["vocab_size"],
-                        temperatures=self.store.manifest["temperatures"],
-                        position_ids_R=position_ids_P[rows].to(self.device),
-                        **options,
-                    )
-                )
-            )
-        if not parts:
-            grid = len(self.store.manifest["temperatures"])
-            none, wide = np.zeros(0, np.float32), np.zeros((0, 1), np.float32)
-            return {
-                "ids": wide.astype(np.int32),
-                "logp": wide,
-                "inclusion": wide,
-                "certain": wide.astype(bool),
-                "count": np.zeros(0, np.int32),
-                "tail": np.zeros((0, grid), np.float32),
-                **dict.fromkeys(("entropy", "top1", "gold"), none),
-            }
-        width = max(part["ids"].shape[1] for part in parts)
-        fill = {"ids": -1, "logp": -np.inf, "inclusion": 0, "certain": False}
-        for part in parts:
-            for key, value in fill.items():
-                missing = width - part[key].shape[1]
-                part[key] = np.pad(part[key], ((0, 0), (0, missing)), constant_values=value)
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-    def _check(
-        self, captured: dict[str, np.ndarray], position_ids: np.ndarray, seq_len: int
-    ) -> None:
+    def _check(self, captured: dict[str, np.ndarray], launched: _Captured) -> None:
         bad = np.flatnonzero(captured["count"] < 0)
         if len(bad) and self.config.on_nonfinite == "fail":
-            row, token = divmod(int(position_ids[bad[0]]), seq_len)
+            row, token = launched.batch[launched.at_row[bad[0]]], launched.at_token[bad[0]]
             raise NonFiniteError(
                 f"{self.folder}: {self.name}: NaN or infinity in the logits at row "
                 f"{row}, token {token} "
@@ -213,6 +281,28 @@ def capture_options(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """The options of ``capture`` that a teacher's attributes hold."""
     keys = ("estimator", "min_prob", "threshold", "sample_temperature", "top_k", "seed")
     return {key: attributes[key] for key in keys if key in attributes}
+
+
+def _joined(parts: list[dict[str, np.ndarray]], temperatures: int) -> dict[str, np.ndarray]:
+    """Captures of chunks as one, as wide as the widest."""
+    if not parts:
+        none, wide = np.zeros(0, np.float32), np.zeros((0, 1), np.float32)
+        return {
+            "ids": wide.astype(np.int32),
+            "logp": wide,
+            "inclusion": wide,
+            "certain": wide.astype(bool),
+            "count": np.zeros(0, np.int32),
+            "tail": np.zeros((0, temperatures), np.float32),
+            **dict.fromkeys(("entropy", "top1", "gold"), none),
+        }
+    width = max(part["ids"].shape[1] for part in parts)
+    fill = {"ids": -1, "logp": -np.inf, "inclusion": 0, "certain": False}
+    for part in parts:
+        for key, value in fill.items():
+            missing = width - part[key].shape[1]
+            part[key] = np.pad(part[key], ((0, 0), (0, missing)), constant_values=value)
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def to_numpy(captured: Capture) -> dict[str, np.ndarray]:

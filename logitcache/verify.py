@@ -19,12 +19,15 @@ import numpy as np
 from .errors import StoreError
 from .files import read_at, refuse_resource
 from .layout import TEACHERS
+from .place import load, shown
 from .reader import StoreReader
+from .remote import RemoteStore
 from .shards import open_regular
-from .store import SUMMARY, Store, check_metadata, load_store, load_tokenizer_content
+from .store import SUMMARY, Store, check_metadata, load_tokenizer_content
 from .support import Support
 
 _BLOCK = 1 << 20
+_OTHER_BYTES = "its bytes are not those that were written (SHA-256)"
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ def verify_store(
     """Check a store; the findings, none if it is whole. The store is None if its metadata are not
     enough to go on. report(part, shards done, shards) is called along the way."""
     try:
-        store = load_store(path)
+        store = load(path)
     except StoreError as error:
-        return None, [Finding("store", "zarr.json", str(error).removeprefix(f"{path}: "))]
+        return None, [Finding("store", "zarr.json", str(error).removeprefix(f"{shown(path)}: "))]
     findings = list(_metadata(store))
     if not findings:
         for part in ("rows", *store.teachers):
@@ -88,7 +91,7 @@ def _shard(store: Store, part: str, shard: int) -> list[Finding]:
         return [Finding(part, record_name, str(error), shard, rows)]
     findings = []
     for name, file in record["files"].items():
-        problem = _file_problem(store.path, name, file)
+        problem = _file_problem(store, name, file)
         if problem:
             findings.append(Finding(part, name, problem, shard, rows))
     if findings:
@@ -100,7 +103,15 @@ def _shard(store: Store, part: str, shard: int) -> list[Finding]:
     return findings
 
 
-def _file_problem(root: Path, name: str, file: dict[str, Any]) -> str | None:
+def _file_problem(store: Store, name: str, file: dict[str, Any]) -> str | None:
+    if isinstance(store, RemoteStore):  # what is there, not what was fetched of it before
+        if name not in store.sizes:
+            return "is not there"
+        content = store.read_object(name)
+        if len(content) != file["bytes"]:
+            return f"expected {file['bytes']} bytes, found {len(content)}"
+        return _OTHER_BYTES if hashlib.sha256(content).hexdigest() != file["sha256"] else None
+    root = store.path
     try:
         descriptor = open_regular(root, name)
     except OSError as error:
@@ -118,7 +129,7 @@ def _file_problem(root: Path, name: str, file: dict[str, Any]) -> str | None:
     finally:
         os.close(descriptor)
     if digest.hexdigest() != file["sha256"]:
-        return "its bytes are not those that were written (SHA-256)"
+        return _OTHER_BYTES
     return None
 
 
@@ -209,6 +220,9 @@ def _unexpected(store: Store) -> list[Finding]:
         store.commit_path("store" if part == "rows" else part).relative_to(store.path).as_posix()
         for part in parts
     }
+    if isinstance(store, RemoteStore):
+        others = sorted(set(store.sizes) - expected)
+        return [Finding("store", name, "is no file of a store") for name in others]
     findings = []
     for folder, folders, files in os.walk(store.path):
         at = Path(folder).relative_to(store.path)

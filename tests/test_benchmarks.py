@@ -142,3 +142,15 @@ def test_the_table_of_the_store_is_made_from_its_figures():
     assert "0.156 (40 of 256 B at KL 0.200)" in text
     assert "34.0 at 51 draws (RS-KD-50: 47.5 at 50)" in text
     assert "| bit flips missed, of 2000 | 0 |  | 0 |" in text
+
+
+def test_build_over_forward_is_measured(tmp_path):
+    common = ["--device", "cpu", "--tokens", "600", "--seq-len", "64", "--rounds", "1"]
+    common += ["--teacher", str(ROOT / "distill" / "bundled" / "teacher1")]
+    arguments = [*common, "--work", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    command = [sys.executable, "-m", "benchmarks.store_build", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["tokens"] >= 600
+    assert f"build over forward {document['build_over_forward']:.3f}" in done.stdout

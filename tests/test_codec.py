@@ -277,7 +277,9 @@ def test_fields_come_back_within_their_bounds(seed, precision, floor):
     top1 = FINE.logp.take(top1_levels(fields.top1_P, kept))[kept]
     certain = CertainLogp(kept.astype(np.int64), top1, top1)
     floors = random.integers(0, 256, number).astype(np.uint8) if floor else None
-    planes = encode_fields(fields, certain, floors, GRID, precision)
+    planes = encode_fields(
+        fields, certain, top1_levels(fields.top1_P, kept), floors, GRID, precision
+    )
     assert planes.shape == (PLANES, fields_width(GRID, floor), number)
     assert not planes[:, :, ~kept].any()
     found, found_floors = decode_fields(planes, GRID, precision, floor)
@@ -315,13 +317,14 @@ def test_log_partition_above_one_is_right_to_a_step_though_certain_entries_are_r
         [np.log(np.where(certain, 0, np.exp(logp / t)).sum(1)) for t in GRID], axis=1
     ).astype(np.float32)
     count = np.full(number, width, np.int64)
-    top1 = FINE.logp.take(top1_levels(kept[:, 0], count > 0))
+    levels = top1_levels(kept[:, 0], count > 0)
     entries = Entries(count, order.ravel().astype(np.uint32), kept.ravel())
     _, _, found = encode_certain(
-        entries, top1, np.arange(vocab_size, dtype=np.uint32), precision, False
+        entries, FINE.logp.take(levels), np.arange(vocab_size, dtype=np.uint32), precision, False
     )
     fields = Fields(tail, np.zeros(number, np.float32), kept[:, 0], kept[:, 0])
-    planes = encode_fields(fields, CertainLogp(count, kept.ravel(), found), None, GRID, precision)
+    certain_logp = CertainLogp(count, kept.ravel(), found)
+    planes = encode_fields(fields, certain_logp, levels, None, GRID, precision)
     decoded, _ = decode_fields(planes, GRID, precision, False)
     found = found.reshape(number, width)
     shift = np.log(np.exp(found).sum(1) + np.exp(decoded.tail_PT[:, 1]))

@@ -7,6 +7,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -159,6 +161,27 @@ def test_too_many_open_files_exits_with_6_and_names_the_limit(built):
         for descriptor in held:
             os.close(descriptor)
     reader[0]
+
+
+# Runs verify where the process may take so many bytes more than it has after its imports.
+_LITTLE_MEMORY = """
+import resource, sys
+import logitcache.info, logitcache.verify
+from logitcache.cli import main
+room = int(sys.argv.pop(1))
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + room
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+main()
+"""
+
+
+@pytest.mark.parametrize(("room", "code"), [(0, 6), (64 << 20, 0)])
+def test_memory_is_bounded_and_too_little_of_it_exits_with_6(built, room, code):
+    words = [sys.executable, "-c", _LITTLE_MEMORY, str(room), "verify", str(built.path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    assert ("out of memory" in done.stderr) == (code == 6)
 
 
 def test_a_full_disk_says_how_many_shards_are_safe(tmp_path, built, monkeypatch):

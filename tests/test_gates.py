@@ -243,7 +243,8 @@ def test_records_hold_each_item_and_what_each_model_said(
     records = _items(said, "recall", 2, 2, total=4) + _tones(2)
     records.append({"kind": "law", "prompt": PROMPTS[5]})
     out = tmp_path / "work"
-    document, _ = _judge(tmp_path, teacher2, teacher1, records, out=out, earlier=teacher1)
+    document, gates = _judge(tmp_path, teacher2, teacher1, records, out=out, earlier=teacher1)
+    assert gates["laws"]["note"] == "no laws were given: the suite's 1 law items were not judged"
     lines = (out / "generations.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in lines]
     assert [entry["id"] for entry in found] == [

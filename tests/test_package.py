@@ -41,7 +41,10 @@ def test_wheel_holds_our_packages_and_the_bundled_material_and_nothing_named_ker
         "logitcache_kernels",
     }
     bundled = [n for n in names if n.startswith("distill/bundled/")]
-    for wanted in ("text/corpus.jsonl", "text/LICENSE", "teacher1/model.safetensors"):
+    for page in ("logitcache/templates/inspect", "distill/templates/report"):  # and its style
+        assert {f"{page}.html", f"{page}.css"} <= {*names}
+    data = ("text/corpus.jsonl", "text/LICENSE", "teacher1/model.safetensors")
+    for wanted in (*data, "suite.jsonl", "laws.yaml"):
         assert f"distill/bundled/{wanted}" in bundled
     assert sum(zipfile.ZipFile(wheel).getinfo(n).file_size for n in bundled) < 12_000_000
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib.util
+import itertools
+import json
 import os
 import shutil
 import socket
@@ -23,8 +26,10 @@ import torch
 from click.testing import CliRunner
 
 from logitcache import as_torch_dataset, build, open_store, remote
+from logitcache import files as remote_files
 from logitcache.cli import cli as store_cli
 from logitcache.errors import ResourceError, StoreError
+from logitcache.files import FAILPOINT
 
 
 class Proxy(BaseHTTPRequestHandler):
@@ -186,7 +191,7 @@ def test_503s_cut_bodies_and_stalled_answers_are_tried_again(uploaded, built, mo
 def test_a_server_that_answers_nothing_but_errors_exits_with_6(uploaded, monkeypatch):
     monkeypatch.setattr(remote, "_TRIES", 1)
     Proxy.faults += ["503"] * 10_000
-    with pytest.raises(ResourceError, match="cannot be read") as caught:
+    with pytest.raises(ResourceError, match="cannot be reached") as caught:
         open_store(uploaded)
     assert caught.value.exit_code == 6
     Proxy.faults.clear()
@@ -253,6 +258,136 @@ def test_training_reads_a_remote_store(uploaded, built, tmp_path):
     result = CliRunner().invoke(cli, [*map(str, words), "--set", "max_steps=2", "--quiet"])
     assert result.exit_code == 0, result.output
     assert (out / "model.safetensors").is_file()
+
+
+@pytest.fixture
+def url(server, tmp_path, monkeypatch, request):
+    """Where nothing is yet, and an empty folder for what goes there."""
+    monkeypatch.setenv("LOGITCACHE_HOME", str(tmp_path / "home"))
+    Proxy.faults.clear()
+    Proxy.seen.clear()
+    return f"s3://bucket/{request.node.name}/store"
+
+
+def objects(url: str) -> dict[str, bytes]:
+    """Everything below a URL."""
+    names = remote.list_objects(url)
+    return remote._fetch(url, sorted(names))
+
+
+def files(store: Path) -> dict[str, bytes]:
+    return {name: (store / name).read_bytes() for name in sorted(names_in(store))}
+
+
+def build_command(url: str, settings: dict, *more: str) -> object:
+    words = ["build", "--teacher1", settings["teacher1"], "--data", *settings["data"]]
+    words += ["--seq-len", settings["seq_len"], "--set", "device=cpu", "--out", url, *more]
+    return CliRunner().invoke(store_cli, [str(word) for word in words])
+
+
+def test_a_build_at_a_url_is_the_same_store_and_is_left_alone_when_finished(url, built):
+    second = ["--teacher2", str(built.settings["teacher2"])]
+    first = build_command(url, built.settings, "--json")  # teacher 1, then the second one later
+    assert first.exit_code == 0, first.output
+    both = build_command(url, built.settings, *second, "--json")
+    assert both.exit_code == 0, both.output
+    assert objects(url) == files(built.path)
+    fetched = shards_seen()
+    assert_same(url, built.path)
+    assert shards_seen() == fetched  # what was built here is not fetched
+    again = build_command(url, built.settings, *second)
+    assert again.exit_code == 0
+    assert f"{url}: already complete; nothing was changed" in again.output
+    other = build_command(url, built.settings, *second, "--set", "seed=5")
+    assert other.exit_code == 2
+    assert f"{url}: holds another build" in other.output
+    assert objects(url) == files(built.path)
+    fresh = build_command(url, built.settings, "--set", "seed=5", "--fresh")
+    assert fresh.exit_code == 0, fresh.output
+    assert set(objects(url)) == {n for n in files(built.path) if "teacher2" not in n}
+    record = remote._fetch(url.rpartition("/")[0], ["store.run.json"])["store.run.json"]
+    assert b'"seed": 5' in record
+
+
+def test_a_build_that_dies_goes_on_to_the_same_objects(url, built, monkeypatch, tmp_path):
+    """One change in 17, here or there, fails, each in a run of its own, until one gets through."""
+    settings = {**built.settings, "teacher2": None}
+    expected = files(build(out=tmp_path / "expected", **settings).path)
+    for number in itertools.count(1, 17):
+        monkeypatch.setattr(remote_files, "_passed", itertools.count(1))
+        monkeypatch.setenv(FAILPOINT, f"{number}:EIO")
+        place, failed = f"{url}-{number}", False
+        try:
+            build(out=place, **settings)
+        except (ResourceError, OSError):
+            failed = True
+        monkeypatch.delenv(FAILPOINT)
+        if failed:
+            with contextlib.suppress(StoreError):
+                open_store(place)
+                assert objects(place) == expected  # all but the run record is there
+            build(out=place, **settings)
+        assert objects(place) == expected, f"failpoint {number}"
+        if not failed:
+            break
+    assert number > 80
+
+
+def test_builders_of_other_machines_share_a_url(url, built, tmp_path, monkeypatch):
+    for index in (1, 0):
+        monkeypatch.setenv("LOGITCACHE_HOME", str(tmp_path / f"home{index}"))
+        build(out=url, shard=f"{index}/2", **built.settings)
+    assert objects(url) == files(built.path)
+    shutil.rmtree(tmp_path / "home0")
+    monkeypatch.setenv("LOGITCACHE_HOME", str(tmp_path / "home0"))
+    build(out=url, shard="0/2", **built.settings)  # on a new machine: all is there
+    assert list((tmp_path / "home0").rglob("c.*")) == []
+
+
+def test_info_and_verify_look_at_what_is_at_the_url(uploaded, built):
+    assert_same(uploaded, built.path)  # a good copy is here
+    info = CliRunner().invoke(store_cli, ["info", uploaded, "--json"])
+    local = CliRunner().invoke(store_cli, ["info", str(built.path), "--json"])
+    found, expected = json.loads(info.output), json.loads(local.output)
+    assert {**found, "store": ""} == {**expected, "store": ""}
+    assert found["store"] == uploaded
+    whole = CliRunner().invoke(store_cli, ["verify", uploaded])
+    assert whole.exit_code == 0, whole.output
+    name = "teacher1/certain/c.0.0.0"
+    content = (built.path / name).read_bytes()
+    change(uploaded, name, content[:-1] + bytes([content[-1] ^ 1]))
+    change(uploaded, "teacher1/other", b"x")
+    damaged = CliRunner().invoke(store_cli, ["verify", uploaded])
+    assert damaged.exit_code == 4
+    assert f"{name}: its bytes are not those that were written" in damaged.output
+    assert "teacher1/other: is no file of a store" in damaged.output
+    refused = CliRunner().invoke(store_cli, ["repair", uploaded])
+    assert refused.exit_code == 2
+    assert "delete the objects that verify names" in refused.output
+    change(uploaded, name, None)
+    change(uploaded, "teacher1/other", None)
+    build(out=uploaded, **built.settings)
+    assert CliRunner().invoke(store_cli, ["verify", uploaded]).exit_code == 0
+
+
+def test_inspect_reads_a_remote_store(uploaded, built, tmp_path):
+    documents = []
+    for store in (built.path, uploaded):
+        page = str(tmp_path / "page.html")
+        words = ["inspect", str(store), "--html", page, "--json"]
+        result = CliRunner().invoke(store_cli, words)
+        assert result.exit_code == 0, result.output
+        documents.append(json.loads(result.stdout))
+        assert documents[-1].pop("store") == str(store)
+        assert f"<title>Teachers of {store}</title>" in Path(page).read_text(encoding="utf-8")
+    assert documents[0] == documents[1]
+
+
+def test_a_build_refuses_a_url_that_holds_other_things(url, built):
+    change(url, "notes.txt", b"mine")
+    refused = build_command(url, built.settings)
+    assert refused.exit_code == 2
+    assert f"{url}: expected an empty folder or a store, found other files" in refused.output
 
 
 def test_without_obstore_it_says_what_to_install(monkeypatch):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -489,6 +490,26 @@ def test_a_build_that_was_stopped_goes_on_to_the_same_bytes(
     with pytest.raises(StoreError, match=r"incomplete|no teacher"):
         open_store(tmp_path / "store")
     build(out=tmp_path / "store", **built.settings)
+    assert contents(tmp_path / "store") == sharded
+
+
+def test_the_next_batch_runs_while_the_one_before_is_written(
+    tmp_path, built, sharded, small_shards
+):
+    asked, next_batch = [], threading.Event()
+
+    def stop() -> bool:
+        asked.append(1)
+        if len(asked) == 27 + 2:  # 27 documents, the first batch, the second
+            next_batch.set()
+        return False
+
+    def report(teacher, done, total, written, shard):
+        if shard == 0 and not next_batch.is_set():  # what belongs to the first batch is fetched
+            assert next_batch.wait(60), "the second batch waits for the writing of the first"
+
+    build(out=tmp_path / "store", stop=stop, report=report, **built.settings)
+    assert next_batch.is_set()
     assert contents(tmp_path / "store") == sharded
 
 

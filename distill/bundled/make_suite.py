@@ -9,9 +9,9 @@ the answer (or as reference of the voice).
   corpus.jsonl.
 * tone: held-out beginnings of documents; law: first lines of documents that no teacher saw.
 
-Measured (2026-11): teacher 1 scores 0.234 on recall and 0.262 on generalize, teacher 2 0.181 and
-0.323; teacher 2's drift from teacher 1 is 0.217 bits. The student of ``distill demo`` passes all
-gates: 0.226, 0.289, 0.036 bits.
+Measured (2026-11): teacher 1 scores 0.234 on recall and 0.265 on generalize, teacher 2 0.181 and
+0.332; teacher 2's drift from teacher 1 is 0.217 bits. The student of ``distill demo`` passes all
+gates: 0.226, 0.296, 0.036 bits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distill.bundled import BUNDLED
 from distill.bundled.make import FRESH_EVERY, RECIPES, SEED, read_documents
 
 PROMPT_CHARS, ANSWER_CHARS, REFERENCE_CHARS = 250, 160, 300
-NUM_RECALL, NUM_GENERALIZE, NUM_TONE, NUM_LAW = 16, 16, 12, 6
+NUM_RECALL, NUM_GENERALIZE, NUM_TONE, NUM_LAW = 16, 12, 12, 6
 MOST_OF_A_DOCUMENT = 2
 
 

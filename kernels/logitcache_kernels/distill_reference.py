@@ -105,6 +105,13 @@ class _Teacher:
         return torch.where(taboo_RK, 0.0, tempered_RK / left_R1)
 
 
+def confidence_reference(
+    teacher: SparseTeacher, kind: str, vocab_size: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """How sure a teacher is at each position [R], as the gate sees it: kind "top1" or "entropy"."""
+    return _Teacher(teacher, vocab_size, dtype).confidence(kind, vocab_size)
+
+
 def gate_reference(
     teachers: Sequence[SparseTeacher],
     labels_R: torch.Tensor,

@@ -43,19 +43,16 @@ def promote(
 
     Exit code 10 if it is rejected; HEAD then stays where it is.
     """
-    from pydantic import ValidationError
+    from logitcache.config import read_settings
 
-    from logitcache.config import explain, read_settings
+    from .gate_settings import gate_settings
+    from .lineage import open_lineage
 
-    settings = read_settings(config, assignments, {})
+    settings = gate_settings(read_settings(config, assignments, {}))
+    open_lineage(root)  # before torch takes its seconds to load
     quiet_libraries()
-    from .gates import GateSettings
     from .promote import promote as run_promote
 
-    try:
-        gates = GateSettings(**settings)
-    except ValidationError as error:
-        raise UsageError(explain(error), "settings are those of the manifest's gates") from None
     with stop_on_signal() as stop:
         outcome = run_promote(
             root,
@@ -63,7 +60,7 @@ def promote(
             suite,
             name=name,
             laws=laws,
-            settings=gates,
+            settings=settings,
             device=device,
             stop=stop,
             note=options.note,
