@@ -28,8 +28,8 @@ def cli() -> None:
     """
 
 
-cli.add_command(evaluate)
-cli.add_command(generate)
+for command in (evaluate, generate, promote, evolve, lineage):
+    cli.add_command(command)
 
 
 @cli.command()
@@ -206,10 +206,6 @@ def _describe_plan(request: Any, fresh: bool) -> tuple[dict[str, Any], str]:
         document["taboo"] = describe_taboo(trainer.taboo, trainer.processing_class, trainer.reader)
         lines += render_taboo(document["taboo"])
     return document, "\n".join(lines)
-
-
-for command in (promote, evolve, lineage):
-    cli.add_command(command)
 
 
 def main() -> None:
