@@ -23,6 +23,7 @@ LINEAGE = click.option("--lineage", "root", type=Path, required=True, help="Fold
 @click.option("--candidate", type=Path, required=True, help="Model folder: an --out of train.")
 @click.option("--suite", type=Path, required=True, help="JSONL file of the gates' items.")
 @click.option("--laws", type=Path, help="JSON or YAML file of rules.")
+@click.option("--data", type=Path, multiple=True, help="What it was trained on, to replay later.")
 @click.option("--id", "name", help="The generation's id.  [default: the candidate folder's name]")
 @click.option("--config", type=Path, help="YAML or JSON file of the gates' settings.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
@@ -34,6 +35,7 @@ def promote(
     candidate: Path,
     suite: Path,
     laws: Path | None,
+    data: tuple[Path, ...],
     name: str | None,
     config: Path | None,
     assignments: tuple[str, ...],
@@ -60,6 +62,7 @@ def promote(
             suite,
             name=name,
             laws=laws,
+            data=data,
             settings=settings,
             device=device,
             stop=stop,
@@ -112,7 +115,7 @@ def lineage() -> None:
 def init(options: Options, root: Path, add: tuple[str, ...], data: tuple[str, ...]) -> None:
     """Register generations, each the parent of the next; the last one added becomes HEAD."""
     quiet_libraries()
-    from .lineage import Member, register, writing
+    from .lineage import Member, describe_data, register, writing
 
     folders = _assigned("--add", add)
     twice = {name for name, _ in folders if [n for n, _ in folders].count(name) > 1}
@@ -128,6 +131,14 @@ def init(options: Options, root: Path, add: tuple[str, ...], data: tuple[str, ..
         members.append(Member(name, folder, tuple(files[name]), parent))
         parent = name
     with writing(root, create=True, note=options.note) as found:
+        known = found.generations()
+        for member in members:
+            described = describe_data(member.data, root)
+            if member.data and described != known.get(member.name, {"data": described})["data"]:
+                raise UsageError(
+                    f"--data {member.name}=...: {member.name} is registered with other data",
+                    "init adds generations, and changes none that is there",
+                )
         added = register(found, members)
         head = found.head
     if not added:

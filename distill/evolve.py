@@ -26,6 +26,7 @@ from logitcache.files import (
     to_json,
     write_atomic,
 )
+from logitcache.progress import every_30_s
 from logitcache.tokenise import load_tokenizer
 
 from .gold import mark_gold
@@ -109,6 +110,7 @@ class _Run:
         before = finished(self.lineage, candidate)
         if before is not None:
             self.note(f"{self.child}: {before.verdict['verdict']} already; nothing was changed")
+            self._complete_record(before)
             return before
         # All that can be known to fail is, before anything is deleted or written.
         teachers = self.turn.manifest.teachers
@@ -195,6 +197,16 @@ class _Run:
                 "stages": {},
             }
             write_atomic(path, to_json(self.record))
+
+    def _complete_record(self, outcome: Outcome) -> None:
+        """Record the last stage if the process died after it and before its record."""
+        path = self.out / EVOLVE_FILE
+        if path.is_file():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record["turn"] == self.turn_id and "promote" not in record["stages"]:
+                self.record = record
+                verdict = outcome.verdict["verdict"]
+                self._done("promote", {"verdict": verdict, "head": outcome.head})
 
     def _stage(self, name: str, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What a stage gave, from the record or from doing it now."""
@@ -293,7 +305,12 @@ class _Run:
         folders = (self.lineage.folder(self.parent), self.lineage.folder(self.grandparent))
         replays = [self.out / "replay" / name for name in replayed["files"]]
         data = mark_gold(self.inputs.train, self.inputs.gold, replays, self.out / "gold")
-        store = build(self._build_config(folders, tuple(data.files)), stop=self.stop)
+        show = every_30_s(lambda done, total: self.note(f"build: {done:,} of {total:,} tokens"))
+        store = build(
+            self._build_config(folders, tuple(data.files)),
+            report=lambda teacher, done, total, written, shard: show(done, total),
+            stop=self.stop,
+        )
         return {**describe_store(store), "gold_documents": data.gold_documents}
 
     def _training_settings(self) -> dict[str, Any]:

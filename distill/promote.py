@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .ensemble import check_same_tokenizer
 from .gate_settings import GateSettings
 from .gates import GATE_NAMES, judge
 from .laws import read_laws
-from .lineage import FAILED, Lineage, Note, check_name, check_place, writing
+from .lineage import FAILED, Lineage, Note, check_name, check_place, describe_data, writing
 from .suite import read_suite
 
 EXIT_REJECTED = 10
@@ -94,6 +94,7 @@ def promote(
     *,
     name: str | None = None,
     laws: Path | None = None,
+    data: Sequence[Path] = (),
     settings: GateSettings | None = None,
     device: str = "auto",
     stop: Callable[[], bool] = lambda: False,
@@ -101,6 +102,7 @@ def promote(
 ) -> Outcome:
     """Judge a candidate against HEAD and promote or archive it; what is recorded already stays.
 
+    data: what the candidate was trained on, for later generations to replay.
     Raises UsageError, InputError, StoreError for what cannot be judged, before anything is done;
     LockedError, ResourceError. Whatever goes wrong while it is judged rejects it.
     """
@@ -130,7 +132,12 @@ def promote(
                 "settings": settings.model_dump(mode="json"),
             }
         )
-        record = {**_parentage(lineage, head), **_from_run(folder)}
+        record = {
+            **_parentage(lineage, head),
+            **_from_run(folder),
+            "data": describe_data(data, root),
+            "suite": describe_data([suite], root)[0],
+        }
         candidate = Candidate(name, folder, turn, record)
         if lineage.generation(head)["model"] != identity:  # it would be rejected: nothing better
             check_place(lineage.folder(name), turn)

@@ -286,6 +286,13 @@ def test_a_stage_that_was_done_but_not_recorded_is_not_done_twice(here: Path) ->
         changed = {k for k in {*found, *expected} if found.get(k) != expected.get(k)}
         assert changed <= {"log.jsonl", "T-G3/evolve.json"}, (stages[number], changed)
         assert events(here) == [*TURN, ("promote", "T-G3")]
+    record = json.loads(record_path.read_text())
+    done = record["stages"].pop("promote")
+    record_path.write_text(json.dumps(record))
+    log = (here / "lineage" / "log.jsonl").read_text()
+    evolve(path)
+    assert json.loads(record_path.read_text())["stages"]["promote"] == done
+    assert (here / "lineage" / "log.jsonl").read_text() == log
 
 
 def test_sigterm_saves_and_exits_with_75_and_the_same_command_finishes(here: Path) -> None:
@@ -413,9 +420,11 @@ def test_a_candidate_in_force_is_not_promoted_again(lineage: Path) -> None:
     weights = load_file(two / "model.safetensors")
     weights["model.norm.weight"] *= 1.0001  # another model that answers the same
     save_file(weights, lineage.parent / "B" / "model.safetensors", metadata={"format": "pt"})
-    result = promote(lineage, "B", *loose)
+    result = promote(lineage, "B", *loose, f"--data={lineage.parent / 'new.jsonl'}")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["head"] == "B"
+    ((recorded, _),) = open_lineage(lineage).recorded_data("B").items()
+    assert recorded.name == "new.jsonl"
     before = files(lineage)
     again = promote(lineage, "B", *loose)
     assert again.exit_code == 0

@@ -229,6 +229,7 @@ def test_init_registers_once_and_refuses_what_does_not_fit(tmp_path: Path) -> No
         ([*start, "--add", f"../D={one}"], 2),
         ([*start, "--add", f"D={one}", "--add", f"D={two}"], 2),
         ([*start, "--add", f"D={one}", "--data", "E=x"], 2),
+        ([*start, "--add", f"B={two}", "--data", f"B={one / 'config.json'}"], 2),
         ([*start, "--add", f"D={tmp_path / 'none'}"], 2),
         ([*start, "--add", f"D={one}", "--data", f"D={tmp_path / 'none'}"], 3),
         (["lineage", "init", "--lineage", one, "--add", f"D={two}"], 2),
