@@ -242,7 +242,9 @@ class _Run:
     def _register(self, members: list[Member]) -> None:
         known = self.lineage.generations()
         for member in members:
-            if member.name in known and member.data:
+            recorded = known.get(member.name, {}).get("data")
+            given = describe_data(member.data, self.lineage.root)
+            if recorded is not None and given and given != recorded:
                 self.note(f"replay.data.{member.name}: not used, {member.name} is registered")
         for name in register(self.lineage, members):
             self.note(f"registered {name}")
