@@ -19,6 +19,7 @@ def summed(model: Any, batches: Iterable[dict[str, Any]], device: torch.device) 
     """Sums in the order of SUM_NAMES of a model with attached loss over batches of inputs."""
     total = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=device)
     for inputs in batches:
+        inputs = {k: v for k, v in inputs.items() if k not in ("rows", "num_valid")}
         total += model(**send_to_device(inputs, device), evaluate=True, num_items=1.0)["sums"]
     return total
 

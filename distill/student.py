@@ -3,11 +3,13 @@ loss.
 
 The loss is computed inside forward(), so that whatever wraps the model (DDP, FSDP, PEFT, autocast,
 gradient checkpointing) sees an ordinary forward pass, and chunk by chunk, so that R x V logits
-never exist at once.
+never exist at once. A model whose logits are not those of its decoder and output head gives them
+whole, to the same loss.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -20,6 +22,7 @@ from logitcache_kernels import (
     DistillOutput,
     DistillSpec,
     SparseTeacher,
+    distill_loss,
     head_logits,
     linear_distill_loss,
 )
@@ -41,20 +44,25 @@ def to_inputs(batch: TeacherBatch, temperature: float) -> dict[str, Any]:
     }
 
 
-def attach_loss(model: Any, spec: DistillSpec, chunk: int | None = None) -> None:
+def attach_loss(
+    model: Any, spec: DistillSpec, chunk: int | None = None, dense: bool = False
+) -> None:
     """Make model(..., teachers=..., labels=..., num_items=...) compute the loss; other calls stay
     as they are.
 
     With teachers the forward returns {"loss": scalar, "sums": float64 tensor in the order of
-    SUM_NAMES}; with evaluate=True it also fills the sums of plain cross entropy and KL, without
-    gradients.
+    SUM_NAMES, "row_losses": [B], the part of each row in the loss's sum without the agreement
+    term}; with evaluate=True it also fills the sums of plain cross entropy and KL, without
+    gradients. dense: from the model's own logits, all at once; check_model says for which models.
     """
     plain_forward = model.forward
 
     def forward(self: Any, *args: Any, teachers: Any = None, **kwargs: Any) -> Any:
         if teachers is None:
             return plain_forward(*args, **kwargs)
-        return _distill_forward(self, spec, chunk, teachers, **kwargs)
+        return _distill_forward(
+            self, spec, chunk, teachers, plain_forward if dense else None, **kwargs
+        )
 
     model.forward = MethodType(forward, model)
 
@@ -64,6 +72,7 @@ def _distill_forward(
     spec: DistillSpec,
     chunk: int | None,
     teachers: Any,
+    plain_forward: Any,
     *,
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
@@ -78,24 +87,58 @@ def _distill_forward(
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise TypeError(f"unexpected with teachers: {', '.join(given)}")
-    hidden_RD = hidden_states(model, input_ids, position_ids).flatten(0, 1)
-    head = Head.of(model)
-    labels_R = labels.flatten()
-    output = linear_distill_loss(
-        hidden_RD,
-        head.weight_VD,
-        [SparseTeacher(**teacher) for teacher in teachers],
-        labels_R,
-        spec,
-        bias_V=head.bias_V,
-        softcap=head.softcap,
-        scale=head.scale,
-        chunk=chunk,
-        gold_R=gold.flatten(),
-        num_items=num_items,
-    )
-    cross_entropy = _cross_entropy_sum(hidden_RD, head, labels_R) if evaluate else 0.0
-    return {"loss": output.loss, "sums": batch_sums(output, labels_R, spec, cross_entropy)}
+    teachers = [SparseTeacher(**teacher) for teacher in teachers]
+    labels_R, gold_R = labels.flatten(), gold.flatten()
+    if plain_forward is not None:
+        logits_BLV = plain_forward(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).logits
+        loss_of = partial(distill_loss, logits_BLV.flatten(0, 1))
+    else:
+        hidden_RD = hidden_states(model, input_ids, position_ids).flatten(0, 1)
+        head = Head.of(model)
+        loss_of = partial(
+            linear_distill_loss,
+            hidden_RD,
+            head.weight_VD,
+            bias_V=head.bias_V,
+            softcap=head.softcap,
+            scale=head.scale,
+            chunk=chunk,
+        )
+    output = _loss(loss_of, teachers, labels_R, spec, gold_R, num_items)
+    cross_entropy: torch.Tensor | float = 0.0
+    if evaluate and plain_forward is not None:
+        cross_entropy = torch.nn.functional.cross_entropy(
+            logits_BLV.flatten(0, 1).float(), labels_R, reduction="sum"
+        )
+    elif evaluate:
+        cross_entropy = _cross_entropy_sum(hidden_RD, head, labels_R)
+    return {
+        "loss": output.loss,
+        "sums": batch_sums(output, labels_R, spec, cross_entropy),
+        "row_losses": row_losses(output, labels, spec),
+    }
+
+
+@torch.compiler.disable  # a compiler has nothing to add to kernels, and would trace into them
+def _loss(
+    loss_of: Any,
+    teachers: list[SparseTeacher],
+    labels_R: torch.Tensor,
+    spec: DistillSpec,
+    gold_R: torch.Tensor,
+    num_items: torch.Tensor | float | None,
+) -> DistillOutput:
+    return loss_of(teachers, labels_R, spec, gold_R=gold_R, num_items=num_items)
+
+
+@torch.no_grad()
+def row_losses(output: DistillOutput, labels_BL: torch.Tensor, spec: DistillSpec) -> torch.Tensor:
+    """What each row adds to the sum of the losses, [B]; which row is to blame if it is not
+    finite."""
+    parts_R = output.weight_R * (spec.alpha * output.ce_R + spec.beta * output.kd_R)
+    return parts_R.view(labels_BL.shape).masked_fill(labels_BL == -100, 0.0).sum(1)
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ import json
 import os
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import LockedError, ResourceError
 
@@ -57,15 +57,31 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write(path: Path, content: bytes) -> None:
+def _sync(descriptor: int, path: Path) -> None:
+    failpoint("sync file", path)
+    os.fsync(descriptor)
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        _sync(file.fileno(), path)
+
+
+Content = bytes | Callable[[BinaryIO], None]
+"""Of a file: its bytes, or what writes them, for those too large to be held at once."""
+
+
+def _write(path: Path, content: Content) -> None:
     """Write a file and make what is in it survive a power loss (its name: fsync_path)."""
     failpoint("write", path)
     try:
         with open(path, "wb") as file:
-            file.write(content)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
             file.flush()
-            failpoint("sync file", path)
-            os.fsync(file.fileno())
+            _sync(file.fileno(), path)
     except OSError:  # a full disk: half a file is of no use
         with contextlib.suppress(OSError):
             path.unlink()
@@ -109,7 +125,7 @@ def make_durable_folder(path: Path) -> None:
             fsync_path(made.parent)
 
 
-def write_durable(root: Path, files: Mapping[str, bytes]) -> None:
+def write_durable(root: Path, files: Mapping[str, Content]) -> None:
     """Write files, by name within root, so that each is whole or absent, and all are still there
     after a power loss. One sync a file and one a folder."""
     folders: set[Path] = set()
@@ -188,8 +204,29 @@ def refuse_resource(error: OSError, path: Path) -> None:
 def publish_folder(temporary: Path, path: Path) -> None:
     """Give a finished folder its name, at which there is nothing or an empty folder; it is there
     whole or not at all. What it holds must be on disk already."""
-    temporary.rename(path)
+    _rename(temporary, path)
     fsync_path(path.parent)
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Give files that a library wrote into a folder their names in another one of the same file
+    system, over those that are there: each is whole or as it was. The source folder is gone then.
+    """
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            _sync_file(path)
+    _move(source, target)
+    delete(source)
+
+
+def _move(source: Path, target: Path) -> None:
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            make_folder(target / path.name)
+            _move(path, target / path.name)
+        else:
+            _rename(path, target / path.name)
+    fsync_path(target)
 
 
 def to_json(value: Any) -> str:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from test_train import _trainer
 
 from distill.cli import main
-from distill.train import leave_group
+from distill.processes import leave_group
 
 
 def _print_threads() -> None:
