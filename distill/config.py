@@ -74,6 +74,14 @@ class DistillConfig(TrainingArguments):
     save_total_limit: int | None = field(
         default=2, metadata={"help": "newest checkpoints that are kept; None keeps all"}
     )
+    # A transformers model asks for a search for unused weights by default, at every step; here all
+    # that are trained are used.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "DDP: look for weights without a gradient"}
+    )
+    fsdp: bool | str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "true: FSDP2, weights in shards over the processes' GPUs"}
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "must stay off"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay off"})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "see transformers"})
@@ -114,6 +122,8 @@ class DistillConfig(TrainingArguments):
             raise ValueError(f"ema_decay: expected a number in [0, 1), found {self.ema_decay}")
         self.spec()  # refuses what it does not know
         super().__post_init__()
+        if self.fsdp and int(self.fsdp_config.get("version", 2)) != 2:  # type: ignore[union-attr,arg-type]
+            raise ValueError(f"fsdp_config: version: expected 2, found {self.fsdp_config}")
 
     @property
     def n_gpu(self) -> int:

@@ -9,7 +9,6 @@ whole, to the same loss.
 
 from __future__ import annotations
 
-from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -87,33 +86,22 @@ def _distill_forward(
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise TypeError(f"unexpected with teachers: {', '.join(given)}")
-    teachers = [SparseTeacher(**teacher) for teacher in teachers]
-    labels_R, gold_R = labels.flatten(), gold.flatten()
+    labels_R = labels.flatten()
+    shared = {
+        "teachers": [SparseTeacher(**teacher) for teacher in teachers],
+        "labels_R": labels_R,
+        "spec": spec,
+        "gold_R": gold.flatten(),
+        "num_items": num_items,
+    }
     if plain_forward is not None:
-        logits_BLV = plain_forward(
+        logits_RV = plain_forward(
             input_ids=input_ids, position_ids=position_ids, use_cache=False
-        ).logits
-        loss_of = partial(distill_loss, logits_BLV.flatten(0, 1))
+        ).logits.flatten(0, 1)
+        output, cross_entropy = _dense_loss(logits_RV, evaluate, shared)
     else:
         hidden_RD = hidden_states(model, input_ids, position_ids).flatten(0, 1)
-        head = Head.of(model)
-        loss_of = partial(
-            linear_distill_loss,
-            hidden_RD,
-            head.weight_VD,
-            bias_V=head.bias_V,
-            softcap=head.softcap,
-            scale=head.scale,
-            chunk=chunk,
-        )
-    output = _loss(loss_of, teachers, labels_R, spec, gold_R, num_items)
-    cross_entropy: torch.Tensor | float = 0.0
-    if evaluate and plain_forward is not None:
-        cross_entropy = torch.nn.functional.cross_entropy(
-            logits_BLV.flatten(0, 1).float(), labels_R, reduction="sum"
-        )
-    elif evaluate:
-        cross_entropy = _cross_entropy_sum(hidden_RD, head, labels_R)
+        output, cross_entropy = _loss_in_head(model, hidden_RD, evaluate, chunk, shared)
     return {
         "loss": output.loss,
         "sums": batch_sums(output, labels_R, spec, cross_entropy),
@@ -121,16 +109,48 @@ def _distill_forward(
     }
 
 
+def _dense_loss(
+    logits_RV: torch.Tensor, evaluate: bool, shared: dict[str, Any]
+) -> tuple[DistillOutput, torch.Tensor | float]:
+    output = distill_loss(logits_RV, **shared)
+    if not evaluate:
+        return output, 0.0
+    return output, torch.nn.functional.cross_entropy(
+        logits_RV.float(), shared["labels_R"], reduction="sum"
+    )
+
+
 @torch.compiler.disable  # a compiler has nothing to add to kernels, and would trace into them
-def _loss(
-    loss_of: Any,
-    teachers: list[SparseTeacher],
-    labels_R: torch.Tensor,
-    spec: DistillSpec,
-    gold_R: torch.Tensor,
-    num_items: torch.Tensor | float | None,
-) -> DistillOutput:
-    return loss_of(teachers, labels_R, spec, gold_R=gold_R, num_items=num_items)
+def _loss_in_head(
+    model: Any, hidden_RD: torch.Tensor, evaluate: bool, chunk: int | None, shared: dict[str, Any]
+) -> tuple[DistillOutput, torch.Tensor | float]:
+    """The loss as what the output head gives for hidden states, in a call of the head: only there
+    do wrappers (FSDP2 shards heads on their own) have its weight in one piece."""
+
+    def forward(hidden_RD: torch.Tensor) -> tuple[DistillOutput, torch.Tensor | float]:
+        head = Head.of(model)
+        output = linear_distill_loss(
+            hidden_RD,
+            head.weight_VD,
+            bias_V=head.bias_V,
+            softcap=head.softcap,
+            scale=head.scale,
+            chunk=chunk,
+            **shared,
+        )
+        labels_R = shared["labels_R"]
+        return output, _cross_entropy_sum(hidden_RD, head, labels_R) if evaluate else 0.0
+
+    module = model.get_output_embeddings()
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        return module(hidden_RD)
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 @torch.no_grad()

@@ -105,6 +105,11 @@ class DistillTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise UsageError(
+                f"fsdp: accelerate puts weights into shards on GPUs only, found {args.device.type}",
+                "leave fsdp out: processes without GPUs each hold all weights (DDP)",
+            )
         self.model_accepts_loss_kwargs = True
         self.average: WeightAverage | None = None
         self.finite = FiniteCheck(args.device)

@@ -1,16 +1,23 @@
-"""Run by torchrun in test_train. With two folders: one SGD step on two CPU processes; rank 0 saves
-the weights and its log. With a command line of distill: that, and which threads are left then."""
+"""Run by torchrun in test_distributed on CPU processes. With two folders: trainings of
+the cases by name, each of whose weights, averages and log the first process writes. With a command
+line of distill: that, and which threads are left then."""
 
 import atexit
 import json
 import sys
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import save_file
-from test_train import _trainer
+from training_runs import CASES, RESUMED, case_request
 
+from distill import DistillConfig
 from distill.cli import main
-from distill.processes import leave_group
+from distill.ema import trained_weights
+from distill.processes import agreed, gathered, leave_group
+from distill.train import make_trainer
 
 
 def _print_threads() -> None:
@@ -18,25 +25,48 @@ def _print_threads() -> None:
     print(f"threads at the end: {sorted(names)}", file=sys.stderr)
 
 
+def choose_kind(config: DistillConfig) -> None:
+    """Accelerate shards on accelerators alone, though torch can on CPUs; all else is its own."""
+    AcceleratorState._reset_state()
+    kind = DistributedType.FSDP if config.fsdp else DistributedType.MULTI_CPU
+    PartialState._shared_state["distributed_type"] = kind
+    if config.fsdp:
+        state = Accelerator(cpu=True, mixed_precision="no").state
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**config.fsdp_plugin_args)
+
+
+def run(inputs: Path, out: Path, name: str, folder: str, resume: Path | None = None) -> None:
+    request = case_request(inputs, out / folder, name, processes=2)
+    config = request.config()
+    choose_kind(config)
+    trainer = make_trainer(request, config)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    first = trainer.is_world_process_zero()
+    shards = [hasattr(p, "full_tensor") for p in trainer._core.parameters()]
+    kinds = (name, trainer.accelerator.state.distributed_type, shards)
+    assert all(shards) if name.startswith("fsdp") else not any(shards), kinds
+    weights = gathered(trained_weights(trainer._core), first)
+    averages = gathered(trainer.average.weights, first)
+    held_out = trainer.evaluate()
+    records = [entry for entry in trainer.state.log_history if "loss_kd" in entry]
+
+    def write() -> None:
+        for part, tensors in (("weights", weights), ("averages", averages)):
+            copied = {name: tensor.clone() for name, tensor in tensors.items()}
+            save_file(copied, out / folder / f"{part}.safetensors")
+        (out / folder / "log.json").write_text(json.dumps([records, held_out]), encoding="utf-8")
+
+    agreed(config, write)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "train":
         atexit.register(_print_threads)
         main()
-    work, out = Path(sys.argv[1]), Path(sys.argv[2])
-    trainer = _trainer(
-        work,
-        out,
-        per_device_train_batch_size=2,
-        optim="sgd",
-        learning_rate=1.0,
-        max_grad_norm=0.0,
-        ddp_backend="gloo",
-    )
-    trainer.train()
-    if trainer.is_world_process_zero():
-        out.mkdir(parents=True, exist_ok=True)
-        names = {name: p.detach() for name, p in trainer.model.named_parameters()}
-        save_file({n: p.clone() for n, p in names.items()}, out / "weights.safetensors")
-        (out / "log.json").write_text(json.dumps(trainer.state.log_history[0]), encoding="utf-8")
-    del trainer
+    torch.set_num_threads(1)
+    inputs, out = Path(sys.argv[1]), Path(sys.argv[2])
+    for name in CASES:
+        run(inputs, out, name, name)
+        if name in RESUMED:  # and again from the checkpoint after its second step
+            run(inputs, out, name, f"{name} resumed", out / name / "checkpoints/checkpoint-2")
     leave_group()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -30,7 +29,6 @@ from logitcache.tokenise import load_tokenizer
 from logitcache_kernels import DistillSpec, SparseTeacher, distill_loss
 
 CPU = torch.device("cpu")
-WORKER = Path(__file__).with_name("ddp_worker.py")
 SETTINGS = {
     "use_cpu": True,
     "per_device_train_batch_size": 4,
@@ -197,22 +195,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(work: Path, tmp_path: P
         torch.testing.assert_close(recomputed[name], plain[name], rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_give_the_gradients_of_one(work: Path, tmp_path: Path) -> None:
-    single = _one_sgd_step(work, tmp_path / "one", per_device_train_batch_size=4)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(WORKER), str(work), str(tmp_path / "two")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    double = load_file(tmp_path / "two" / "weights.safetensors")
-    for name, weights in double.items():
-        torch.testing.assert_close(weights, single[name], rtol=1e-4, atol=1e-5, msg=name)
-    record = json.loads((tmp_path / "two" / "log.json").read_text(encoding="utf-8"))
-    alone = _trainer(work, tmp_path / "log", per_device_train_batch_size=4)
-    alone.train()
-    assert record["share_blended"] == alone.state.log_history[0]["share_blended"]
-    assert record["loss"] == pytest.approx(alone.state.log_history[0]["loss"], rel=1e-5)
-
-
 def test_finished_run_is_left_alone_and_another_run_is_refused(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train(_request(work, out, max_steps=1))
@@ -294,30 +276,6 @@ def test_arguments_that_adapters_pass_on_as_none_are_allowed(work: Path) -> None
     assert torch.equal(model(**inputs, **none)["loss"], plain)
     with pytest.raises(TypeError, match="unexpected with teachers: attention_mask"):
         model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
-
-
-def test_command_on_two_processes_is_one_run_with_one_result(work: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(WORKER), "train", "--store", str(work / "sampled"), "--json"]
-    command += ["--student", str(work / "one"), "--out", str(tmp_path / "out")]
-    command += ["--eval-store", str(work / "topk")]
-    settings = {**SETTINGS, "max_steps": 2, "per_device_train_batch_size": 2}
-    del settings["use_cpu"]  # chosen where there is no GPU
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert json.loads(run.stdout)["steps"] == 2
-    ends = [line for line in run.stderr.splitlines() if "threads at the end" in line]
-    assert len(ends) == 2, run.stderr[-3000:]
-    assert "gloo" not in "".join(ends), ends  # one that ends with the interpreter can abort it
-    train(_request(work, tmp_path / "single", max_steps=2))
-    for part in ("", "raw"):
-        single, double = _weights(tmp_path / "single" / part), _weights(tmp_path / "out" / part)
-        for name, weights in single.items():
-            torch.testing.assert_close(double[name], weights, rtol=1e-3, atol=1e-4)
-    losses = [[e["loss"] for e in _steps(tmp_path / name)] for name in ("single", "out")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_loss_that_is_not_finite_stops_before_the_step(work: Path, tmp_path: Path) -> None:
@@ -441,8 +399,6 @@ def test_command_refuses_unknown_settings_and_missing_folders(work: Path, tmp_pa
 
 
 def test_wrong_flags_give_one_json_document_too() -> None:
-    import subprocess
-    import sys
 
     command = [sys.executable, "-m", "distill", "train", "--json", "--nosuch"]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -4,12 +4,13 @@ runs ended in the same bits."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from tiny import make_model, sentences, write_jsonl
 
 from distill.train import TrainRequest
-from logitcache import build
+from logitcache import build, open_store
 
 SETTINGS = {
     "use_cpu": True,
@@ -24,12 +25,51 @@ SETTINGS = {
 }
 
 
+# Trainings on two processes, by what differs from one: each must end as one process does, which
+# takes four rows a step of five: the second step of an epoch has one row, for one process.
+CASES: dict[str, dict[str, object]] = {
+    "ddp": {"per_device_train_batch_size": 2},
+    "ddp accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    "ddp lora": {"per_device_train_batch_size": 2, "lora_rank": 2},
+    "fsdp": {"per_device_train_batch_size": 2, "fsdp": True},
+    "fsdp accumulated": {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "fsdp": True,
+    },
+    "fsdp lora": {"per_device_train_batch_size": 2, "lora_rank": 2, "fsdp": True},
+}
+RESUMED = ("ddp", "fsdp", "fsdp lora")
+
+
+def case_request(inputs: Path, out: Path, name: str, processes: int) -> TrainRequest:
+    """A training of a case, or what one process makes of it."""
+    settings: dict[str, object] = {
+        "optim": "sgd",
+        "optim_args": "momentum=0.5",
+        "learning_rate": 0.5,
+        "max_grad_norm": 0.05,
+        "max_steps": 4,
+        "save_steps": 2,
+        "eval_rows": len(open_store(inputs / "store")) - 5,
+        "per_device_eval_batch_size": 2,
+        "lora_rank": CASES[name].get("lora_rank", 0),
+    }
+    if processes > 1:
+        settings |= {**CASES[name], "ddp_backend": "gloo"}
+    else:
+        settings["per_device_train_batch_size"] = 4
+    asked = request(inputs, out, **settings)
+    return replace(asked, student=inputs / "even")
+
+
 def make_inputs(folder: Path) -> Path:
     """A store of two tiny teachers and a student with dropout, which draws at every step."""
     make_model(folder / "one", seed=1)
     make_model(folder / "two", seed=2)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     make_model(folder / "student", seed=4, attention_dropout=0.2, **small)
+    make_model(folder / "even", seed=4, tie_word_embeddings=False, **small)
     data = write_jsonl(folder / "data.jsonl", [{"text": s} for s in sentences(10, 7, words=16)])
     build(
         teacher1=folder / "one",

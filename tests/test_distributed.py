@@ -1,0 +1,128 @@
+"""Training on several processes: the loss, gradients and averages of one, under DDP and FSDP2, with
+adapters, accumulation and uneven last batches; the command under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import CASES, RESUMED, SETTINGS, case_request, losses, make_inputs, request
+
+from distill.ema import trained_weights
+from distill.train import make_trainer, train
+
+# peft asks transformers by the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
+WORKER = Path(__file__).with_name("ddp_worker.py")
+
+
+def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, str(WORKER), *map(str, words)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("distributed"))
+
+
+@pytest.fixture(scope="module")
+def double(inputs: Path) -> Path:
+    """All cases, trained by two processes in one launch."""
+    run = torchrun(inputs, inputs / "double")
+    assert run.returncode == 0, run.stderr[-5000:]
+    return inputs / "double"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_end_where_one_does(
+    inputs: Path, double: Path, tmp_path: Path, name: str
+) -> None:
+    asked = case_request(inputs, tmp_path, name, processes=1)
+    trainer = make_trainer(asked, asked.config())
+    start = {n: p.detach().clone() for n, p in trained_weights(trainer._core).items()}
+    trainer.train()
+    records, held_out = json.loads((double / name / "log.json").read_text(encoding="utf-8"))
+    ours = [entry for entry in trainer.state.log_history if "loss_kd" in entry]
+    assert [entry["step"] for entry in records] == [1, 2, 3, 4]
+    for entry, expected in zip(records, ours, strict=True):
+        for key in ("loss", "grad_norm", "share_blended", "mean_js", "loss_ce"):
+            assert entry[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-7), key
+    weights = load_file(double / name / "weights.safetensors")
+    averages = load_file(double / name / "averages.safetensors")
+    after = trained_weights(trainer._core)
+    assert trainer.average is not None
+    assert weights.keys() == averages.keys() == after.keys()
+    for key, weight in after.items():
+        moved = float((weight.detach() - start[key]).abs().max())
+        torch.testing.assert_close(weights[key], weight.detach(), rtol=0, atol=1e-3 * moved)
+        average = trainer.average.weights[key]
+        torch.testing.assert_close(averages[key], average.detach(), rtol=0, atol=1e-3 * moved)
+    for key, value in trainer.evaluate().items():
+        assert held_out[key] == pytest.approx(value, rel=1e-4), key
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_two_processes_go_on_to_the_same_bits(double: Path, name: str) -> None:
+    for part in ("weights", "averages"):
+        whole, parts = (
+            load_file(double / folder / f"{part}.safetensors")
+            for folder in (name, f"{name} resumed")
+        )
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[key], parts[key]) for key in whole), part
+    path = double / name / "checkpoints" / "checkpoint-2"
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_command_on_two_processes_is_one_run_with_one_result(inputs: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "max_steps": 2, "per_device_train_batch_size": 1, "eval_rows": 2}
+    del settings["use_cpu"]  # chosen where there is no GPU
+    words = ["train", "--store", inputs / "store", "--student", inputs / "even", "--json"]
+    words += ["--out", tmp_path / "out"]
+    words += [w for key, value in settings.items() for w in ("--set", f"{key}={value}")]
+    run = torchrun(*words)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert json.loads(run.stdout)["steps"] == 2
+    ends = [line for line in run.stderr.splitlines() if "threads at the end" in line]
+    assert len(ends) == 2, run.stderr[-3000:]
+    assert "gloo" not in "".join(ends), ends  # one that ends with the interpreter can abort it
+    asked = request(inputs, tmp_path / "single", max_steps=2, eval_rows=2)
+    train(type(asked)(asked.store, inputs / "even", asked.out, None, asked.settings))
+    for part in ("", "raw"):
+        one, two = (
+            load_file(tmp_path / folder / part / "model.safetensors")
+            for folder in ("single", "out")
+        )
+        for name, weights in one.items():
+            torch.testing.assert_close(two[name], weights, rtol=1e-3, atol=1e-4)
+    assert [x[1] for x in losses(tmp_path / "out")] == pytest.approx(
+        [x[1] for x in losses(tmp_path / "single")], rel=1e-4
+    )
+
+
+def test_adapters_are_merged_into_the_student(inputs: Path, tmp_path: Path) -> None:
+    asked = case_request(inputs, tmp_path / "out", "ddp lora", processes=1)
+    train(asked)
+    from transformers import AutoModelForCausalLM
+
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    start = load_file(inputs / "even" / "model.safetensors")
+    assert student.keys() == start.keys()
+    changed = {name for name in start if not torch.equal(student[name], start[name])}
+    assert changed
+    assert all("_proj" in name for name in changed), changed
+    checkpoint = load_file(tmp_path / "out" / "checkpoints" / "checkpoint-4" / "model.safetensors")
+    assert all("lora_" in name for name in checkpoint)
