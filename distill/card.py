@@ -21,6 +21,11 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|<>&~:/@$^=\"'])", r"\\\1", printable)
 
 
+def _quoted(text: str) -> str:
+    """A string of YAML, which JSON is, without what HTML would take for a tag."""
+    return re.sub(r"[<>&]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text))
+
+
 def model_card(record: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """The text of a card; record: of the run, see train.py. manifest: the store's."""
     student = Path(record["student"]).name
@@ -30,7 +35,7 @@ def model_card(record: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     lines = [
         "---",
         "library_name: transformers",
-        f"base_model: {json.dumps(student)}",  # JSON is YAML, whatever the name holds
+        f"base_model: {_quoted(student)}",
         "tags: [distillation, logitcache]",
         "---",
         "",

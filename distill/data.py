@@ -114,7 +114,7 @@ class Feed:
         if not rows:  # this process has no part in the last batch, but must take part in the step
             inputs["labels"].fill_(-100)
             inputs["num_tokens"] = 0
-        inputs["num_valid"] = int((inputs["labels"] != -100).sum())
+        inputs["num_valid"] = int(np.count_nonzero(inputs["labels"].numpy() != -100))
         return inputs if self._stream is None else _map(inputs, torch.Tensor.pin_memory)
 
     def _timed(self, made: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

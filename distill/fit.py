@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.trainer_utils import IntervalStrategy
+
 from logitcache.errors import StoreError, UsageError
 from logitcache.reader import StoreReader
 from logitcache.tokenise import content_sha256, describe_difference, tokenizer_content
@@ -59,7 +61,7 @@ def split_rows(reader: StoreReader, args: DistillConfig, has_eval_store: bool) -
         )
     if args.eval_strategy != "no" and not args.eval_rows and not has_eval_store:
         raise UsageError(
-            f"eval_strategy: {args.eval_strategy} needs held-out rows",
+            f"eval_strategy: {IntervalStrategy(args.eval_strategy).value} needs held-out rows",
             "give --eval-store, or set eval_rows",
         )
     return len(reader) - args.eval_rows, args.eval_rows

@@ -12,6 +12,7 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 
 from logitcache.causal_lm import Head, hidden_states
@@ -40,6 +41,7 @@ def to_inputs(batch: TeacherBatch, temperature: float) -> dict[str, Any]:
         # Plain dicts: accelerate and DDP move them to the device, named tuples they cannot rebuild.
         "teachers": [t.sparse_teacher(temperature)._asdict() for t in batch.teachers],
         "num_tokens": int(batch.rows.lengths().sum()),
+        "packed": bool((np.diff(batch.positions, axis=1) != 1).any()),
     }
 
 
@@ -80,16 +82,16 @@ def _distill_forward(
     num_items: torch.Tensor | float | None = None,
     evaluate: bool = False,
     num_tokens: int = 0,
+    packed: bool | None = None,
     **others: Any,
 ) -> dict[str, torch.Tensor]:
     # Adapters (PEFT) pass on every argument of a forward, as None where it was not given.
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise TypeError(f"unexpected with teachers: {', '.join(given)}")
-    labels_R = labels.flatten()
     shared = {
         "teachers": [SparseTeacher(**teacher) for teacher in teachers],
-        "labels_R": labels_R,
+        "labels_R": labels.flatten(),
         "spec": spec,
         "gold_R": gold.flatten(),
         "num_items": num_items,
@@ -98,36 +100,37 @@ def _distill_forward(
         logits_RV = plain_forward(
             input_ids=input_ids, position_ids=position_ids, use_cache=False
         ).logits.flatten(0, 1)
-        output, cross_entropy = _dense_loss(logits_RV, evaluate, shared)
-    else:
-        hidden_RD = hidden_states(model, input_ids, position_ids).flatten(0, 1)
-        output, cross_entropy = _loss_in_head(model, hidden_RD, evaluate, chunk, shared)
-    return {
-        "loss": output.loss,
-        "sums": batch_sums(output, labels_R, spec, cross_entropy),
-        "row_losses": row_losses(output, labels, spec),
-    }
+        return _from_logits(logits_RV, labels, evaluate, shared)
+    hidden_RD = hidden_states(model, input_ids, position_ids, packed=packed).flatten(0, 1)
+    return _from_head(model, hidden_RD, labels, evaluate, chunk, shared)
 
 
-def _dense_loss(
-    logits_RV: torch.Tensor, evaluate: bool, shared: dict[str, Any]
-) -> tuple[DistillOutput, torch.Tensor | float]:
-    output = distill_loss(logits_RV, **shared)
-    if not evaluate:
-        return output, 0.0
-    return output, torch.nn.functional.cross_entropy(
-        logits_RV.float(), shared["labels_R"], reduction="sum"
-    )
+# Compilers see the decoder: they have nothing to add to kernels, and would trace into them.
+@torch.compiler.disable
+def _from_logits(
+    logits_RV: torch.Tensor, labels_BL: torch.Tensor, evaluate: bool, shared: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    cross_entropy: torch.Tensor | float = 0.0
+    if evaluate:
+        cross_entropy = torch.nn.functional.cross_entropy(
+            logits_RV.float(), shared["labels_R"], reduction="sum"
+        )
+    return _result(distill_loss(logits_RV, **shared), labels_BL, shared["spec"], cross_entropy)
 
 
-@torch.compiler.disable  # a compiler has nothing to add to kernels, and would trace into them
-def _loss_in_head(
-    model: Any, hidden_RD: torch.Tensor, evaluate: bool, chunk: int | None, shared: dict[str, Any]
-) -> tuple[DistillOutput, torch.Tensor | float]:
+@torch.compiler.disable
+def _from_head(
+    model: Any,
+    hidden_RD: torch.Tensor,
+    labels_BL: torch.Tensor,
+    evaluate: bool,
+    chunk: int | None,
+    shared: dict[str, Any],
+) -> dict[str, torch.Tensor]:
     """The loss as what the output head gives for hidden states, in a call of the head: only there
     do wrappers (FSDP2 shards heads on their own) have its weight in one piece."""
 
-    def forward(hidden_RD: torch.Tensor) -> tuple[DistillOutput, torch.Tensor | float]:
+    def forward(hidden_RD: torch.Tensor) -> dict[str, torch.Tensor]:
         head = Head.of(model)
         output = linear_distill_loss(
             hidden_RD,
@@ -138,8 +141,10 @@ def _loss_in_head(
             chunk=chunk,
             **shared,
         )
-        labels_R = shared["labels_R"]
-        return output, _cross_entropy_sum(hidden_RD, head, labels_R) if evaluate else 0.0
+        cross_entropy: torch.Tensor | float = 0.0
+        if evaluate:
+            cross_entropy = _cross_entropy_sum(hidden_RD, head, shared["labels_R"])
+        return _result(output, labels_BL, shared["spec"], cross_entropy)
 
     module = model.get_output_embeddings()
     before = module.__dict__.get("forward")
@@ -151,6 +156,19 @@ def _loss_in_head(
             del module.forward
         else:
             module.forward = before
+
+
+def _result(
+    output: DistillOutput,
+    labels_BL: torch.Tensor,
+    spec: DistillSpec,
+    cross_entropy: torch.Tensor | float,
+) -> dict[str, torch.Tensor]:
+    return {
+        "loss": output.loss,
+        "sums": batch_sums(output, labels_BL.flatten(), spec, cross_entropy),
+        "row_losses": row_losses(output, labels_BL, spec),
+    }
 
 
 @torch.no_grad()

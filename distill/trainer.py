@@ -97,6 +97,8 @@ class DistillTrainer(Trainer):
         self._core = core
         self._plain_forward = core.forward
         attach_loss(core, self.spec, args.loss_chunk, self._dense)
+        if args.fsdp and args.world_size == 1:
+            raise UsageError("fsdp: shards need several processes", "start them with torchrun")
         super().__init__(
             model=model,
             args=args,

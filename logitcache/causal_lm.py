@@ -7,13 +7,16 @@ logits, is checked on the model itself before anything is built on it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import masking_utils
 
 from logitcache_kernels import head_logits
 
@@ -146,13 +149,42 @@ def model_identity(folder: Path) -> dict[str, Any]:
 
 
 def hidden_states(
-    model: Any, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, **kwargs: Any
+    model: Any,
+    tokens_BL: torch.Tensor,
+    positions_BL: torch.Tensor,
+    packed: bool | None = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
-    """Last hidden states [B, L, D]; attention stays within segments, which positions tell apart."""
-    output = model.get_decoder()(
-        input_ids=tokens_BL, position_ids=positions_BL, use_cache=False, **kwargs
-    )
+    """Last hidden states [B, L, D]; attention stays within segments, which positions tell apart.
+
+    packed: whether any row has several, where the caller knows. transformers would ask the
+    positions, and the host wait for the GPU, at every call.
+    """
+    with contextlib.nullcontext() if packed is None else _known_packing(packed):
+        output = model.get_decoder()(
+            input_ids=tokens_BL, position_ids=positions_BL, use_cache=False, **kwargs
+        )
     return output.last_hidden_state
+
+
+@contextlib.contextmanager
+def _known_packing(packed: bool) -> Iterator[None]:
+    """Answer transformers' question without looking at the device. It has no argument for that, so
+    the function that asks is replaced; one that has gone by another name stays as it is."""
+    before = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if before is None:
+        yield
+        return
+
+    def segments(position_ids: torch.Tensor) -> torch.Tensor | None:
+        first = position_ids[:, :1] - 1
+        return (position_ids.diff(prepend=first) != 1).cumsum(-1) if packed else None
+
+    masking_utils.find_packed_sequence_indices = segments  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
 
 
 def check_model(model: Any, folder: Path) -> None:
