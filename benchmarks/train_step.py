@@ -215,7 +215,7 @@ class Measurement:
 
     def with_trainer(self, with_bare_loop: bool = True) -> dict[str, Any]:
         """Seconds of a step of DistillTrainer and of a loop of the same operations, in turn."""
-        from distill.processes import leave_group
+        from logitcache.several import leave_group
 
         steps = self.options.steps * 6
         found: dict[str, list[float]] = {"trainer": [], "bare": []}

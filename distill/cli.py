@@ -65,8 +65,8 @@ def train(
         open_store(path)
     quiet_libraries()
     from logitcache.causal_lm import check_model_folder
+    from logitcache.several import leave_group
 
-    from .processes import leave_group
     from .progress import TrainProgress
     from .train import TrainRequest
     from .train import train as run_train

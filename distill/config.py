@@ -122,7 +122,7 @@ class DistillConfig(TrainingArguments):
             raise ValueError(f"ema_decay: expected a number in [0, 1), found {self.ema_decay}")
         self.spec()  # refuses what it does not know
         super().__post_init__()
-        if self.fsdp and int(self.fsdp_config.get("version", 2)) != 2:  # type: ignore[union-attr,arg-type]
+        if self.fsdp and int(self.fsdp_config.get("version", 2)) != 2:  # type: ignore[union-attr]
             raise ValueError(f"fsdp_config: version: expected 2, found {self.fsdp_config}")
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -145,9 +146,14 @@ class Feed:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)
             # The allocator must not give their memory to the next copy before they were used.
-            _map(inputs, lambda t, current=current: t.record_stream(current) or t)
+            _map(inputs, partial(_used_by, current))
             ahead = started()
             yield inputs
+
+
+def _used_by(stream: torch.cuda.Stream, tensor: torch.Tensor) -> torch.Tensor:
+    tensor.record_stream(stream)
+    return tensor
 
 
 def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -69,7 +69,9 @@ class FiniteCheck:
             return
         every = [row for part in rows for row in part]
         losses, norm = values[:-1].tolist(), float(values[-1])
-        flat = [row for part in rows for row in (part or [None])]
+        flat: list[int | None] = [
+            row for part in rows for row in (*part, *([] if part else [None]))
+        ]
         bad = [r for r, loss in zip(flat, losses, strict=True) if loss - loss != 0]
         if bad:
             what = f"loss is {next(x for x in losses if x - x != 0)} in row {_listed(bad)}"

@@ -1,11 +1,7 @@
-"""What the processes of torchrun do together: decide as one, gather what is spread over them, and
-end."""
+"""What processes of torchrun do together: decide as one, and gather what is spread over them."""
 
 from __future__ import annotations
 
-import gc
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,19 +48,3 @@ def like(full: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
 
     # Every process has read the whole: none needs to send its part to another.
     return distribute_tensor(full.to(model.device), mesh, model.placements, src_data_rank=None)  # type: ignore[attr-defined]
-
-
-def leave_group() -> None:
-    """Under torchrun, at the end of a run that ended well or not: end the group and its threads.
-
-    One that is still letting go of the last collective's tensors when the interpreter ends is
-    cancelled in the middle of a C++ destructor, which aborts the process (torch 2.13 with gloo, on
-    a busy machine). The group joins its threads when its last holder is gone: the trainer, which
-    the frames of an error hold, and reference cycles.
-    """
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-        error = sys.exception()
-        if error is not None:
-            traceback.clear_frames(error.__traceback__)
-        gc.collect()

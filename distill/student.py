@@ -106,7 +106,7 @@ def _distill_forward(
 
 
 # Compilers see the decoder: they have nothing to add to kernels, and would trace into them.
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _from_logits(
     logits_RV: torch.Tensor, labels_BL: torch.Tensor, evaluate: bool, shared: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
@@ -118,7 +118,7 @@ def _from_logits(
     return _result(distill_loss(logits_RV, **shared), labels_BL, shared["spec"], cross_entropy)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _from_head(
     model: Any,
     hidden_RD: torch.Tensor,

@@ -251,6 +251,7 @@ class DistillTrainer(Trainer):
             )
         self.finite.wait()
         started = time.monotonic()
+        assert self.model is not None
         was_training, with_loss = self._core.training, self._core.forward
         self.model.eval()
         self._core.forward = self._plain_forward
@@ -300,7 +301,8 @@ class DistillTrainer(Trainer):
                 self.state.best_model_checkpoint = str(best)
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                states: Any = self.state.stateful_callbacks
+                states[type(callback).__name__] = callback.state()
         files = checkpoint_files(self)
 
         def write() -> str:

@@ -32,6 +32,7 @@ class Head:
     bias_V: torch.Tensor | None
     softcap: float | None
     scale: float
+    module: Any = None  # the layer itself, where only a call of it puts its shards together
 
     @staticmethod
     def of(model: Any) -> Head:
@@ -43,9 +44,16 @@ class Head:
         if divisor:
             scale /= float(divisor)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(linear.weight, getattr(linear, "bias", None), softcap, scale)
+        module = linear if hasattr(linear.weight, "full_tensor") else None
+        return Head(linear.weight, getattr(linear, "bias", None), softcap, scale, module)
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        if self.module is not None:
+            logits_RV = self.scale * self.module(hidden_RD)
+            if self.softcap is not None:
+                logits_RV = self.softcap * torch.tanh(logits_RV / self.softcap)
+            return logits_RV
+        hidden_RD = hidden_RD.to(self.weight_VD.device)  # of another GPU, with device_map
         return head_logits(hidden_RD, self.weight_VD, self.bias_V, self.softcap, self.scale)
 
 
@@ -116,9 +124,11 @@ def check_fits(folder: Path, name: str, vocab_size: int, seq_len: int) -> None:
         )
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
+def load_causal_lm(
+    folder: Path, dtype: torch.dtype | str, device: torch.device, **several: Any
+) -> Any:
     """Load a model for inference from a local folder; pickled weights and remote code are never
-    run."""
+    run. several: how transformers is to spread it over devices, see ``several``."""
     from transformers import AutoModelForCausalLM
 
     check_model_folder(folder)
@@ -129,11 +139,12 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str, device: torch.device)
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            **several,
         )
     except Exception as error:  # transformers and safetensors raise many kinds for a bad folder
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(f"{folder}: the model cannot be loaded: {first}") from error
-    return model.to(device).eval()  # type: ignore[arg-type]
+    return (model if several else model.to(device)).eval()  # type: ignore[arg-type]
 
 
 def model_identity(folder: Path) -> dict[str, Any]:
@@ -180,7 +191,7 @@ def _known_packing(packed: bool) -> Iterator[None]:
         first = position_ids[:, :1] - 1
         return (position_ids.diff(prepend=first) != 1).cumsum(-1) if packed else None
 
-    masking_utils.find_packed_sequence_indices = segments  # type: ignore[assignment]
+    masking_utils.find_packed_sequence_indices = segments
     try:
         yield
     finally:

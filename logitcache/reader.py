@@ -31,7 +31,8 @@ from .shards import ShardFile
 from .store import Store, load_tokenizer_content
 from .support import Support, decode_row
 
-Key, Made = TypeVar("Key"), TypeVar("Made")
+Key = TypeVar("Key")
+Made = TypeVar("Made")
 
 _OPEN_SHARDS = 64  # of a part each, with up to five files
 

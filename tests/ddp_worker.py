@@ -16,13 +16,17 @@ from training_runs import CASES, RESUMED, case_request
 from distill import DistillConfig
 from distill.cli import main
 from distill.ema import trained_weights
-from distill.processes import agreed, gathered, leave_group
+from distill.processes import agreed, gathered
 from distill.train import make_trainer
+from logitcache import build
+from logitcache.causal_lm import load_causal_lm
+from logitcache.config import build_config
+from logitcache.several import leave_group, loading_options
 
 
 def _print_threads() -> None:
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    print(f"threads at the end: {sorted(names)}", file=sys.stderr)
+    sys.stderr.write(f"threads at the end: {sorted(names)}\n")  # in one piece
 
 
 def choose_kind(config: DistillConfig) -> None:
@@ -69,4 +73,13 @@ if __name__ == "__main__":
         run(inputs, out, name, name)
         if name in RESUMED:  # and again from the checkpoint after its second step
             run(inputs, out, name, f"{name} resumed", out / name / "checkpoints/checkpoint-2")
+    # One teacher in shards over both processes, of which the first writes.
+    teachers = {"teacher1": inputs / "one", "teacher2": inputs / "two"}
+    data = [inputs / "data.jsonl"]
+    config = build_config({**teachers, "data": data, "out": out / "store", "tp_plan": "auto"})
+    cpu, several = torch.device("cpu"), loading_options(config)
+    model = load_causal_lm(teachers["teacher1"], torch.float32, cpu, **several)
+    assert any(hasattr(p, "full_tensor") for p in model.parameters()), "no shards"
+    del model
+    build(**teachers, data=data, seq_len=48, out=out / "store", device="cpu", tp_plan="auto")
     leave_group()

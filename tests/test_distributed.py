@@ -16,6 +16,9 @@ from training_runs import CASES, RESUMED, SETTINGS, case_request, losses, make_i
 
 from distill.ema import trained_weights
 from distill.train import make_trainer, train
+from logitcache import build, open_store
+from logitcache.errors import UsageError
+from logitcache.verify import verify_store
 
 # peft asks transformers by the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
@@ -85,6 +88,52 @@ def test_two_processes_go_on_to_the_same_bits(double: Path, name: str) -> None:
         assert all(torch.equal(whole[key], parts[key]) for key in whole), part
     path = double / name / "checkpoints" / "checkpoint-2"
     assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_a_teacher_in_shards_over_two_processes_gives_the_store_of_one(
+    inputs: Path, double: Path
+) -> None:
+    assert verify_store(double / "store")[1] == []
+    one, two = open_store(inputs / "store"), open_store(double / "store")
+    assert one.manifest == two.manifest
+    rows = slice(0, len(one))
+    assert (one[rows].labels == two[rows].labels).all()
+    for ours, theirs in zip(one[rows].teachers, two[rows].teachers, strict=True):
+        # Which of the rare entries are drawn may turn on a rounding; what is certain does not.
+        assert ours.entropy_P == pytest.approx(theirs.entropy_P, abs=0.02)
+        assert ours.gold_logp_P == pytest.approx(theirs.gold_logp_P, abs=0.02, nan_ok=True)
+        same = (ours.ids_PK[:, 0] == theirs.ids_PK[:, 0]).mean()
+        assert same > 0.98
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device_map": "auto", "tp_plan": "auto"}, "expected one of them, found both"),
+        ({"device_map": "auto", "device": "cpu"}, "expected device auto and no torchrun"),
+        ({"tp_plan": "auto"}, "expected torchrun with two or more"),
+        ({"device_map": "balanced"}, "device_map: Input should be 'auto'"),
+    ],
+)
+def test_devices_that_do_not_go_together_are_refused(
+    inputs: Path, tmp_path: Path, settings: dict, message: str
+) -> None:
+    data = [inputs / "data.jsonl"]
+    with pytest.raises(UsageError, match=message):
+        build(teacher1=inputs / "one", data=data, out=tmp_path / "store", **settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compares with a store made on a CPU")
+def test_layers_spread_over_the_devices_that_there_are_give_the_same_store(
+    inputs: Path, tmp_path: Path
+) -> None:
+    teachers = {"teacher1": inputs / "one", "teacher2": inputs / "two"}
+    data = [inputs / "data.jsonl"]
+    build(**teachers, data=data, seq_len=48, out=tmp_path / "store", device_map="auto")
+    for path in (inputs / "store").rglob("*"):
+        if path.is_file() and path.suffix != ".lock":
+            other = tmp_path / "store" / path.relative_to(inputs / "store")
+            assert other.read_bytes() == path.read_bytes(), path.name
 
 
 def test_command_on_two_processes_is_one_run_with_one_result(inputs: Path, tmp_path: Path) -> None:
