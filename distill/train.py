@@ -112,7 +112,9 @@ def check_request(request: TrainRequest, config: DistillConfig) -> None:
     split_rows(readers[0], config, len(readers) > 1)
     tokenizer = load_tokenizer(request.student)
     try:
-        student = AutoConfig.from_pretrained(request.student, local_files_only=True)
+        student = AutoConfig.from_pretrained(
+            request.student, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises many kinds for a bad folder
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(f"{request.student}: its config.json cannot be used: {first}") from error
