@@ -10,16 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import google_crc32c
 
 from logitcache.errors import ResourceError, StoreError
 from logitcache.files import (
     DISK_FULL,
-    Content,
     delete,
     make_durable_folder,
     publish_folder,
@@ -33,36 +32,20 @@ PREFIX, COMPLETE, FORMAT = "checkpoint-", "complete.json", 1
 _PIECE = 1 << 24
 
 
-class _Summed:
-    """A file that is written, its size and its CRC-32C."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.size, self.crc = file, 0, 0
-
-    def write(self, content: bytes) -> int:
-        self.file.write(content)
-        self.size += len(content)
-        self.crc = google_crc32c.extend(self.crc, content)
-        return len(content)
-
-
-def write_checkpoint(folder: Path, step: int, files: Mapping[str, Content]) -> Path:
+def write_checkpoint(folder: Path, step: int, files: Mapping[str, bytes | Iterable[bytes]]) -> Path:
     """Write a checkpoint into the folder of checkpoints; ResourceError if the disk is full, with
     all that was there before still there."""
     path = folder / f"{PREFIX}{step}"
     staged = folder / f".{path.name}.tmp"
     records: dict[str, dict[str, int]] = {}
 
-    def summed(name: str, content: Content) -> Content:
-        def write(file: BinaryIO) -> None:
-            out = _Summed(file)
-            if callable(content):
-                content(out)  # type: ignore[arg-type]
-            else:
-                out.write(content)
-            records[name] = {"bytes": out.size, "crc32c": out.crc}
-
-        return write
+    def summed(name: str, content: bytes | Iterable[bytes]) -> Iterator[bytes]:
+        size, crc = 0, 0
+        for part in (content,) if isinstance(content, bytes) else content:
+            size += len(part)
+            crc = google_crc32c.extend(crc, part)
+            yield part
+        records[name] = {"bytes": size, "crc32c": crc}
 
     try:
         make_durable_folder(folder)

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from logitcache.draws import position_keys
-from logitcache.reader import StoreReader, read_ahead
+from logitcache.reader import StoreReader, TeacherBatch, read_ahead
 
 from .student import to_inputs
 
@@ -96,7 +96,15 @@ class Feed:
     next batch is copied by a stream of its own while the step before it computes.
     """
 
-    def __init__(self, reader: StoreReader, temperature: float, device: torch.device, workers: int):
+    def __init__(
+        self,
+        reader: StoreReader,
+        temperature: float,
+        device: torch.device,
+        workers: int,
+        more: Callable[[TeacherBatch], dict[str, Any]] = lambda _: {},
+    ):
+        self.more = more  # inputs of a batch besides those of to_inputs
         self.reader, self.temperature, self.device = reader, temperature, device
         self.workers = workers
         self.seconds_waited = 0.0  # in which the training loop had no batch
@@ -111,7 +119,7 @@ class Feed:
 
     def _make(self, rows: list[int]) -> dict[str, Any]:
         batch = self.reader[rows or [0]]
-        inputs = {**to_inputs(batch, self.temperature), "rows": rows}
+        inputs = {**to_inputs(batch, self.temperature), **self.more(batch), "rows": rows}
         if not rows:  # this process has no part in the last batch, but must take part in the step
             inputs["labels"].fill_(-100)
             inputs["num_tokens"] = 0

@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ import torch
 from safetensors.torch import load_file
 
 from logitcache.errors import LogitCacheError, StoreError, UsageError
-from logitcache.files import Content, to_json
+from logitcache.files import to_json
 
 from .checkpoint import read_json
 from .ema import WeightAverage, trained_weights
 from .processes import gathered, like
-from .tensors import pack, tensors_writer, unpack
+from .tensors import pack, tensor_file, unpack
 
 WEIGHTS, AVERAGE = "model.safetensors", "ema.safetensors"
 TENSORS, STATE, TRAINER_STATE = "training.safetensors", "training.json", "trainer_state.json"
@@ -59,7 +59,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def checkpoint_files(trainer: Any) -> dict[str, Content]:
+def checkpoint_files(trainer: Any) -> dict[str, bytes | Iterable[bytes]]:
     """The files of a checkpoint of a trainer as it is. Every process must call this; what is
     returned is for the first to write."""
     model, first = trainer._core, trainer.args.process_index == 0
@@ -86,14 +86,14 @@ def checkpoint_files(trainer: Any) -> dict[str, Content]:
     if not first:
         return {}
     trainer_state = json.dumps(dataclasses.asdict(trainer.state), indent=1, sort_keys=True)
-    files: dict[str, Content] = {
+    files: dict[str, bytes | Iterable[bytes]] = {
         "config.json": model.config.to_json_string().encode("utf-8"),
-        WEIGHTS: tensors_writer(weights),
-        TENSORS: tensors_writer(tensors),
+        WEIGHTS: tensor_file(weights),
+        TENSORS: tensor_file(tensors),
         STATE: to_json(state).encode("utf-8"),
         TRAINER_STATE: (trainer_state + "\n").encode("utf-8"),
     }
-    return {**files, AVERAGE: tensors_writer(averages)} if average is not None else files
+    return {**files, AVERAGE: tensor_file(averages)} if average is not None else files
 
 
 def checkpoint_bytes(trainer: Any) -> int:

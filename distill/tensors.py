@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -35,9 +35,10 @@ _DTYPES = {
 _PIECE = 1 << 24  # bytes written at once
 
 
-def tensors_writer(tensors: Mapping[str, torch.Tensor]) -> Callable[[BinaryIO], None]:
-    """What writes tensors, on any device, as a safetensors file. UsageError for a dtype or a kind
-    of tensor that the format does not know."""
+def tensor_file(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes]:
+    """The bytes of tensors, on any device, as a safetensors file, in parts that are copied from
+    there when they are asked for. UsageError at once for a dtype or a kind of tensor that the
+    format does not know."""
     # Wide elements first: then each starts at a multiple of its size, as its readers expect.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -60,15 +61,15 @@ def tensors_writer(tensors: Mapping[str, torch.Tensor]) -> Callable[[BinaryIO], 
     head = json.dumps(header, separators=(",", ":")).encode("utf-8")
     head += b" " * (-len(head) % 8)
 
-    def write(file: BinaryIO) -> None:
-        file.write(struct.pack("<Q", len(head)) + head)
+    def parts() -> Iterator[bytes]:
+        yield struct.pack("<Q", len(head)) + head
         for name in names:
             content = tensors[name].detach().cpu().contiguous()
             content = content.as_strided((content.numel(),), (1,)).view(torch.uint8)
             for piece in content.split(_PIECE):
-                file.write(piece.numpy().tobytes())
+                yield piece.numpy().tobytes()
 
-    return write
+    return parts()
 
 
 def pack(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:

@@ -12,9 +12,9 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .errors import LockedError, ResourceError
 
@@ -67,22 +67,15 @@ def _sync_file(path: Path) -> None:
         _sync(file.fileno(), path)
 
 
-Content = bytes | Callable[[BinaryIO], None]
-"""Of a file: its bytes, or what writes them, for those too large to be held at once."""
-
-
-def _write(path: Path, content: Content) -> None:
+def _write(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Write a file and make what is in it survive a power loss (its name: fsync_path)."""
     failpoint("write", path)
     try:
         with open(path, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
+            file.writelines((content,) if isinstance(content, bytes) else content)
             file.flush()
             _sync(file.fileno(), path)
-    except OSError:  # a full disk: half a file is of no use
+    except BaseException:  # a full disk, or no more parts: half a file is of no use
         with contextlib.suppress(OSError):
             path.unlink()
         raise
@@ -125,9 +118,10 @@ def make_durable_folder(path: Path) -> None:
             fsync_path(made.parent)
 
 
-def write_durable(root: Path, files: Mapping[str, Content]) -> None:
+def write_durable(root: Path, files: Mapping[str, bytes | Iterable[bytes]]) -> None:
     """Write files, by name within root, so that each is whole or absent, and all are still there
-    after a power loss. One sync a file and one a folder."""
+    after a power loss. One sync a file and one a folder. A file may be given as parts, which are
+    then made one by one while it is written."""
     folders: set[Path] = set()
     for name, content in files.items():
         path = root / name

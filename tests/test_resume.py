@@ -21,7 +21,7 @@ from distill import DistillTrainer
 from distill.checkpoint import checkpoints, find_checkpoint, rotate, write_checkpoint
 from distill.config import distill_config
 from distill.data import RowOrder
-from distill.tensors import pack, tensors_writer, unpack
+from distill.tensors import pack, tensor_file, unpack
 from distill.train import make_trainer, train
 from logitcache.errors import Interrupted, StoreError, UsageError
 
@@ -224,7 +224,7 @@ def test_state_comes_back_from_json_and_safetensors_as_it_was(tmp_path: Path) ->
     tensors: dict[str, torch.Tensor] = {}
     packed = json.loads(json.dumps(pack(state, tensors, "x"), allow_nan=False))
     with open(tmp_path / "t.safetensors", "wb") as file:
-        tensors_writer(tensors)(file)
+        file.writelines(tensor_file(tensors))
     again = unpack(packed, load_file(tmp_path / "t.safetensors"))
     assert str(again) == str(state)
     for name, tensor in state["state"][0].items():
@@ -233,7 +233,7 @@ def test_state_comes_back_from_json_and_safetensors_as_it_was(tmp_path: Path) ->
     with pytest.raises(TypeError, match=r"x\.a: object cannot be written"):
         pack({"a": object()}, tensors, "x")
     with pytest.raises(UsageError, match=r"y: a Tensor of torch.complex64 cannot be written"):
-        tensors_writer({"y": torch.zeros(1, dtype=torch.complex64)})
+        tensor_file({"y": torch.zeros(1, dtype=torch.complex64)})
 
 
 @pytest.mark.parametrize(("rows", "processes"), [(10, 2), (7, 3), (3, 4), (1, 1)])
