@@ -59,6 +59,9 @@ class DistillConfig(TrainingArguments):
     eval_rows: int = field(
         default=0, metadata={"help": "the last rows of the store, held out and evaluated"}
     )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, flash_attention_2, ...; None: transformers' choice"}
+    )
     lora_rank: int = field(default=0, metadata={"help": "of LoRA adapters; 0 trains all weights"})
     lora_alpha: float | None = field(
         default=None, metadata={"help": "LoRA's scale is alpha / rank; None is twice the rank"}

@@ -185,7 +185,9 @@ class _Watch(TrainerCallback):
 def make_trainer(request: TrainRequest, config: DistillConfig) -> DistillTrainer:
     """Load the student in float32 and put it together with store and settings."""
     device = torch.device("cpu") if config.use_cpu else config.device
-    model = load_causal_lm(request.student, torch.float32, device).train()
+    chosen = config.attn_implementation
+    options = {} if chosen is None else {"attn_implementation": chosen}
+    model = load_causal_lm(request.student, torch.float32, device, **options).train()
     trainer = DistillTrainer(
         with_adapters(model, config),
         config,

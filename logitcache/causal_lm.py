@@ -125,10 +125,10 @@ def check_fits(folder: Path, name: str, vocab_size: int, seq_len: int) -> None:
 
 
 def load_causal_lm(
-    folder: Path, dtype: torch.dtype | str, device: torch.device, **several: Any
+    folder: Path, dtype: torch.dtype | str, device: torch.device, **options: Any
 ) -> Any:
     """Load a model for inference from a local folder; pickled weights and remote code are never
-    run. several: how transformers is to spread it over devices, see ``several``."""
+    run. options: of from_pretrained; those of ``several`` decide on devices instead of device."""
     from transformers import AutoModelForCausalLM
 
     check_model_folder(folder)
@@ -139,12 +139,14 @@ def load_causal_lm(
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            **several,
+            **options,
         )
     except Exception as error:  # transformers and safetensors raise many kinds for a bad folder
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(f"{folder}: the model cannot be loaded: {first}") from error
-    return (model if several else model.to(device)).eval()  # type: ignore[arg-type]
+    if not options.keys() & {"device_map", "distributed_config"}:
+        model = model.to(device)  # type: ignore[arg-type]
+    return model.eval()
 
 
 def model_identity(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
@@ -17,10 +18,11 @@ from distill import DistillConfig
 from distill.cli import main
 from distill.ema import trained_weights
 from distill.processes import agreed, gathered
-from distill.train import make_trainer
+from distill.train import make_trainer, train
 from logitcache import build
 from logitcache.causal_lm import load_causal_lm
 from logitcache.config import build_config
+from logitcache.errors import Interrupted
 from logitcache.several import leave_group, loading_options
 
 
@@ -63,6 +65,21 @@ def run(inputs: Path, out: Path, name: str, folder: str, resume: Path | None = N
     agreed(config, write)
 
 
+def stopped(inputs: Path, out: Path) -> None:
+    """The second process alone is asked to stop; both do, and go on later."""
+    request = case_request(inputs, out, "ddp", processes=2)
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) == 1 and torch.distributed.get_rank() == 1
+
+    choose_kind(request.config())
+    with pytest.raises(Interrupted, match="saved step 2 of 4"):
+        train(request, stop=stop)
+    train(request)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "train":
         atexit.register(_print_threads)
@@ -73,6 +90,7 @@ if __name__ == "__main__":
         run(inputs, out, name, name)
         if name in RESUMED:  # and again from the checkpoint after its second step
             run(inputs, out, name, f"{name} resumed", out / name / "checkpoints/checkpoint-2")
+    stopped(inputs, out / "stopped")
     # One teacher in shards over both processes, of which the first writes.
     teachers = {"teacher1": inputs / "one", "teacher2": inputs / "two"}
     data = [inputs / "data.jsonl"]

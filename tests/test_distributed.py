@@ -90,6 +90,13 @@ def test_two_processes_go_on_to_the_same_bits(double: Path, name: str) -> None:
     assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
 
 
+def test_processes_stop_together_when_one_is_asked_and_go_on(double: Path) -> None:
+    raw = load_file(double / "stopped" / "raw" / "model.safetensors")
+    weights = load_file(double / "ddp" / "weights.safetensors")
+    assert raw.keys() == weights.keys()
+    assert all(torch.equal(raw[name], weights[name]) for name in raw)
+
+
 def test_a_teacher_in_shards_over_two_processes_gives_the_store_of_one(
     inputs: Path, double: Path
 ) -> None:

@@ -69,6 +69,18 @@ def test_a_dry_run_takes_a_step_and_says_what_a_run_would_take(
     assert said["checkpoint_bytes"] == pytest.approx(size, rel=0.2)
 
 
+def test_a_dry_run_says_that_checkpoints_do_not_fit(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("distill.plan.shutil.disk_usage", lambda _: free)
+    code, said, _ = run(inputs, tmp_path / "out", "--dry-run")
+    assert code == 6
+    assert "3 checkpoints of 0.00 GB do not fit into the 0.00 GB that are free" in said["error"]
+    code, said, _ = run(inputs, tmp_path / "out", "--dry-run", save_strategy="no")
+    assert code == 0
+
+
 def test_held_out_rows_are_evaluated_during_training_and_never_trained_on(
     inputs: Path, tmp_path: Path
 ) -> None:
@@ -195,6 +207,7 @@ def test_reports_go_to_tensorboard(
         {"optim": "adafactor"},
         {"optim": "sgd", "optim_args": "momentum=0.9"},
         {"lr_scheduler_type": "cosine", "warmup_steps": 2},
+        {"attn_implementation": "eager"},
         {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
     ids=lambda settings: next(iter(settings)) + "-" + str(next(iter(settings.values()))),
