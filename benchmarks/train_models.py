@@ -93,6 +93,7 @@ def make_store(
         seq_len=seq_len,
         out=work / "store",
         device=str(device),
+        fresh=True,
     )
     return work / "store"
 

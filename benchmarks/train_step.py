@@ -107,8 +107,10 @@ class Measurement:
             self.folders = make_folders(work, student, source, self.device)
             tokens = options.rows * options.seq_len * (options.steps + 1) * 8
             make_store(work, self.folders, tokens, options.seq_len, self.device)
-            (work / "made").touch()
-        while not (work / "made").exists():  # the first process of this host makes them
+        made = work / f"made-{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}"
+        if local == 0:
+            made.touch()
+        while not made.exists():  # the first process of this host makes them
             time.sleep(1.0)
         self.folders, self.store = [work / "one", work / "two"], work / "store"
 

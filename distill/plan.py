@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
 import shutil
@@ -17,7 +16,7 @@ from transformers import TrainerCallback
 from logitcache.environment import gpu_memory_peak_bytes
 from logitcache.errors import ResourceError
 
-from .run_folder import existing_run
+from .run_folder import CHECKPOINTS, existing_run
 from .state import checkpoint_bytes
 from .train import TrainRequest, check_request, make_trainer, run_identity
 
@@ -102,11 +101,8 @@ def _check_disk(out: Path, config: Any, size: int) -> int:
     if config.save_strategy == "no":
         return free
     kept = (config.save_total_limit or 1) + 1  # the next one is whole before the oldest goes
-    there = 0
-    with contextlib.suppress(OSError):
-        there = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
-    if place == out.absolute():
-        free += there
+    # Those of the run that is there make room for others of their size.
+    free += sum(p.stat().st_size for p in out.glob(f"{CHECKPOINTS}/*/*") if p.is_file())
     if free < kept * size:
         raise ResourceError(
             f"{out}: {kept} checkpoints of {size / 1e9:.2f} GB do not fit into the "

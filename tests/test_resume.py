@@ -76,7 +76,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_exits_with_6(deaths: dict) 
 def test_a_command_that_is_killed_then_terminated_goes_on_to_the_same_bits(
     inputs: Path, tmp_path: Path
 ) -> None:
-    settings = {**SETTINGS, "max_steps": 120, "save_steps": 30}
+    settings = {**SETTINGS, "max_steps": 200, "save_steps": 25}
     command = [sys.executable, "-m", "distill", "train", "--store", str(inputs / "store")]
     command += ["--student", str(inputs / "student"), "--out", str(tmp_path / "out")]
     command += [w for key, value in settings.items() for w in ("--set", f"{key}={value}")]
@@ -92,10 +92,10 @@ def test_a_command_that_is_killed_then_terminated_goes_on_to_the_same_bits(
         _, said = running.communicate(timeout=120)
         return running.returncode, said
 
-    code, said = until(30, signal.SIGKILL)
+    code, said = until(25, signal.SIGKILL)
     assert code == -signal.SIGKILL, said
     before = int(checkpoints(tmp_path / "out" / "checkpoints")[0].name[11:])
-    code, said = until(before + 30, signal.SIGTERM)
+    code, said = until(before + 25, signal.SIGTERM)
     assert code == 75, said
     assert f"going on from checkpoint-{before}" in said
     assert "run the same command again to continue" in said
