@@ -15,8 +15,9 @@ import torch
 from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SETTINGS, losses, make_inputs, request
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
+from distill import DistillTrainer
 from distill.card import escaped, model_card
 from distill.cli import cli
 from distill.finite import FiniteCheck, skip_if
@@ -24,6 +25,7 @@ from distill.progress import TrainProgress
 from distill.train import make_trainer, train
 from logitcache import open_store
 from logitcache.errors import NonFiniteError, UsageError
+from logitcache.tokenise import load_tokenizer
 
 LOGS = {"loss": 1.25, "tokens_per_second": 1234.0} | {
     f"share_{name}": share
@@ -329,3 +331,38 @@ def test_a_step_that_is_not_logged_reads_nothing_back(inputs: Path, tmp_path: Pa
     assert set(by_step[3]) <= allowed, by_step[3]
     with pytest.raises(UsageError, match="no held-out rows"):
         trainer.evaluate()
+
+
+class _Odd(LlamaForCausalLM):
+    """A family that does something of its own to its logits."""
+
+    def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+def test_a_family_that_cannot_be_hooked_trains_on_whole_logits_and_says_so_once(
+    inputs: Path, tmp_path: Path
+) -> None:
+    asked = request(inputs, tmp_path / "out", eval_rows=2, max_steps=1)
+    model = _Odd.from_pretrained(inputs / "even")
+    tokenizer = load_tokenizer(inputs / "even")
+    with pytest.warns(UserWarning, match="_Odd: its logits are not those of its") as said:
+        trainer = DistillTrainer(model, asked.config(), asked.store, processing_class=tokenizer)
+    assert len(said) == 1
+    before = trainer.evaluate()
+    trainer.train()
+    # The same as a head of twice the weights, which can be hooked.
+    twice = LlamaForCausalLM.from_pretrained(inputs / "even")
+    with torch.no_grad():
+        twice.lm_head.weight *= 2
+    asked = request(inputs, tmp_path / "twice", eval_rows=2, max_steps=1, learning_rate=0.0)
+    plain = DistillTrainer(twice, asked.config(), asked.store, processing_class=tokenizer)
+    assert plain.evaluate() == pytest.approx(before, rel=1e-4)
+    assert before["eval_kl"] > 0.1
+    plain.train()
+    losses_of = [
+        next(r["loss"] for r in t.state.log_history if "loss" in r) for t in (trainer, plain)
+    ]
+    assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-5)

@@ -7,6 +7,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
 from tiny import make_model, sentences, write_jsonl
 
 from distill.train import TrainRequest
@@ -64,9 +66,13 @@ def case_request(inputs: Path, out: Path, name: str, processes: int) -> TrainReq
 
 
 def make_inputs(folder: Path) -> Path:
-    """A store of two tiny teachers and a student with dropout, which draws at every step."""
+    """A store of two tiny teachers that mostly agree, and a student with dropout, which draws at
+    every step."""
     make_model(folder / "one", seed=1)
-    make_model(folder / "two", seed=2)
+    weights = make_model(folder / "two", seed=1) / "model.safetensors"
+    torch.manual_seed(5)
+    noisy = {name: w + 0.03 * torch.randn_like(w) for name, w in load_file(weights).items()}
+    save_file(noisy, weights, metadata={"format": "pt"})
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     make_model(folder / "student", seed=4, attention_dropout=0.2, **small)
     make_model(folder / "even", seed=4, tie_word_embeddings=False, **small)
