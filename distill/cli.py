@@ -79,7 +79,11 @@ def train(
 
             document = try_out(request, fresh)
             lines = ["store, student and settings fit; would train:"]
-            lines += [f"{key:18} {value}" for key, value in document.items()]
+            lines += [f"{key:18} {value}" for key, value in document.items() if key != "taboo"]
+            if "taboo" in document:
+                from .taboo import render_taboo
+
+                lines += render_taboo(document["taboo"])
             options.result(document, "\n".join(lines))
             return
         quiet = options.quiet or os.environ.get("RANK", "0") != "0"

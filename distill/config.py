@@ -45,6 +45,18 @@ class DistillConfig(TrainingArguments):
         default="bucket", metadata={"help": "top-k supports: bucket, renormalise, none"}
     )
     taboo: str = field(default="target", metadata={"help": "taboo ids: target or neutral"})
+    taboo_words: str | None = field(
+        default=None, metadata={"help": "file of words and phrases the student must not say"}
+    )
+    taboo_variants: bool = field(
+        default=False, metadata={"help": "taboo words in lower, upper and title case too"}
+    )
+    laws: str | None = field(
+        default=None, metadata={"help": "file of laws, checked at each evaluation and at the end"}
+    )
+    suite: str | None = field(
+        default=None, metadata={"help": "suite file whose law items are prompts for the laws"}
+    )
 
     ema_decay: float = field(
         default=0.999,

@@ -11,13 +11,16 @@ from accelerate.utils import send_to_device
 
 from logitcache_kernels import DistillSpec
 
-from .student import SUM_NAMES, as_metrics, attach_loss, to_inputs
+from .student import SUM_NAMES, as_metrics, attach_loss, to_inputs, zero_sums
 
 
 @torch.no_grad()
-def summed(model: Any, batches: Iterable[dict[str, Any]], device: torch.device) -> torch.Tensor:
-    """Sums in the order of SUM_NAMES of a model with attached loss over batches of inputs."""
-    total = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=device)
+def summed(
+    model: Any, batches: Iterable[dict[str, Any]], device: torch.device, num_sources: int = 0
+) -> torch.Tensor:
+    """Sums in the order of SUM_NAMES of a model with attached loss over batches of inputs; then
+    those of the sources that the inputs have."""
+    total = zero_sums(num_sources, device)
     for inputs in batches:
         inputs = {k: v for k, v in inputs.items() if k not in ("rows", "num_valid")}
         total += model(**send_to_device(inputs, device), evaluate=True, num_items=1.0)["sums"]
@@ -31,7 +34,7 @@ def held_out_metrics(sums: torch.Tensor) -> dict[str, float]:
     averaged over the positions that have a teacher target (BLENDED and T1_ONLY). Then the shares
     and the mean JS.
     """
-    value = dict(zip(SUM_NAMES, sums.tolist(), strict=True))
+    value = dict(zip(SUM_NAMES, sums[: len(SUM_NAMES)].tolist(), strict=True))
     metrics = {
         "loss": value["ce_valid"] / max(value["valid"], 1.0),
         "kl": value["kl"] / max(value["kl_positions"], 1.0),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
-from logitcache.files import to_json
+from logitcache.errors import UsageError
+from logitcache.files import file_sha256, to_json
 from logitcache.reader import StoreReader
 
 from .config import DistillConfig
@@ -17,6 +19,7 @@ _NO_IDENTITY = (
     *("save_", "hub_", "push_to_hub"),
 )
 _IDENTITY = ("dataloader_drop_last",)
+_FILE_SETTINGS = ("taboo_words", "laws", "suite")
 
 
 def plain(value: Any) -> Any:
@@ -40,4 +43,10 @@ def settings_identity(config: DistillConfig) -> dict[str, Any]:
         for key, value in config.to_dict().items()
         if key in _IDENTITY or not key.startswith(_NO_IDENTITY)
     }
+    for name in _FILE_SETTINGS:  # what is in a file counts, not where it lies
+        if kept.get(name) is not None:
+            path = Path(kept[name])
+            if not path.is_file():
+                raise UsageError(f"{name}: {path}: no such file", f"check the setting {name}")
+            kept[name] = f"sha256 {file_sha256(path)}"
     return plain({**kept, "processes": config.world_size})

@@ -18,6 +18,7 @@ from logitcache.errors import ResourceError
 
 from .run_folder import CHECKPOINTS, existing_run
 from .state import checkpoint_bytes
+from .taboo import describe_taboo
 from .train import TrainRequest, check_request, make_trainer, run_identity
 
 # A dry run neither writes nor evaluates nor reports.
@@ -69,6 +70,9 @@ def dry_run(request: TrainRequest, fresh: bool) -> dict[str, Any]:
     parameters = list(trainer._core.parameters())
     loss = next(r["loss"] for r in reversed(trainer.state.log_history) if "loss" in r)
     size = checkpoint_bytes(trainer)
+    taboo = {}
+    if trainer.taboo is not None:
+        taboo["taboo"] = describe_taboo(trainer.taboo, trainer.processing_class, trainer.reader)
     return {
         "rows": trainer.num_train_rows,
         "held_out_rows": len(trainer.reader) - trainer.num_train_rows,
@@ -85,6 +89,7 @@ def dry_run(request: TrainRequest, fresh: bool) -> dict[str, Any]:
         "checkpoint_bytes": size,
         "free_bytes": _check_disk(request.out, real, size),
         "spec": dict(trainer.spec.__dict__),
+        **taboo,
     }
 
 

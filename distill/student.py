@@ -27,6 +27,10 @@ from logitcache_kernels import (
     linear_distill_loss,
 )
 
+from .source_loss import source_sums
+
+_BySource = tuple[torch.Tensor | None, int]  # the source of each position, and how many there are
+
 # What forward() sums over a batch, in this order; see batch_sums.
 SUM_NAMES = ("valid", *STRATEGY_NAMES, "js", "ce", "kd", "ce_valid", "kl", "kl_positions")
 
@@ -54,7 +58,9 @@ def attach_loss(
     With teachers the forward returns {"loss": scalar, "sums": float64 tensor in the order of
     SUM_NAMES, "row_losses": [B], the part of each row in the loss's sum without the agreement
     term}; with evaluate=True it also fills the sums of plain cross entropy and KL, without
-    gradients. dense: from the model's own logits, all at once; check_model says for which models.
+    gradients. Given sources, the sums end with those of ``source_sums``: of the parts CE and KD of
+    the loss, or of plain cross entropy with evaluate=True. dense: from the model's own logits, all
+    at once; check_model says for which models.
     """
     plain_forward = model.forward
 
@@ -83,6 +89,10 @@ def _distill_forward(
     evaluate: bool = False,
     num_tokens: int = 0,
     packed: bool | None = None,
+    sources: torch.Tensor | None = None,
+    num_sources: int = 0,
+    taboo_ids: torch.Tensor | None = None,
+    taboo_BLK: torch.Tensor | None = None,
     **others: Any,
 ) -> dict[str, torch.Tensor]:
     # Adapters (PEFT) pass on every argument of a forward, as None where it was not given.
@@ -94,28 +104,36 @@ def _distill_forward(
         "labels_R": labels.flatten(),
         "spec": spec,
         "gold_R": gold.flatten(),
+        "taboo_ids": taboo_ids,
+        "taboo_RK": None if taboo_BLK is None else taboo_BLK.flatten(0, 1),
         "num_items": num_items,
     }
+    by_source = (None if sources is None else sources.flatten(), num_sources)
     if plain_forward is not None:
         logits_RV = plain_forward(
             input_ids=input_ids, position_ids=position_ids, use_cache=False
         ).logits.flatten(0, 1)
-        return _from_logits(logits_RV, labels, evaluate, shared)
+        return _from_logits(logits_RV, labels, evaluate, shared, by_source)
     hidden_RD = hidden_states(model, input_ids, position_ids, packed=packed).flatten(0, 1)
-    return _from_head(model, hidden_RD, labels, evaluate, chunk, shared)
+    return _from_head(model, hidden_RD, labels, evaluate, chunk, shared, by_source)
 
 
 # Compilers see the decoder: they have nothing to add to kernels, and would trace into them.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _from_logits(
-    logits_RV: torch.Tensor, labels_BL: torch.Tensor, evaluate: bool, shared: dict[str, Any]
+    logits_RV: torch.Tensor,
+    labels_BL: torch.Tensor,
+    evaluate: bool,
+    shared: dict[str, Any],
+    by_source: _BySource,
 ) -> dict[str, torch.Tensor]:
-    cross_entropy: torch.Tensor | float = 0.0
+    cross_entropy_R = None
     if evaluate:
-        cross_entropy = torch.nn.functional.cross_entropy(
-            logits_RV.float(), shared["labels_R"], reduction="sum"
+        cross_entropy_R = torch.nn.functional.cross_entropy(
+            logits_RV.float(), shared["labels_R"], reduction="none"
         )
-    return _result(distill_loss(logits_RV, **shared), labels_BL, shared["spec"], cross_entropy)
+    output = distill_loss(logits_RV, **shared)
+    return _result(output, labels_BL, shared["spec"], cross_entropy_R, by_source)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -126,6 +144,7 @@ def _from_head(
     evaluate: bool,
     chunk: int | None,
     shared: dict[str, Any],
+    by_source: _BySource,
 ) -> dict[str, torch.Tensor]:
     """The loss as what the output head gives for hidden states, in a call of the head: only there
     do wrappers (FSDP2 shards heads on their own) have its weight in one piece."""
@@ -141,10 +160,10 @@ def _from_head(
             chunk=chunk,
             **shared,
         )
-        cross_entropy: torch.Tensor | float = 0.0
+        cross_entropy_R = None
         if evaluate:
-            cross_entropy = _cross_entropy_sum(hidden_RD, head, shared["labels_R"])
-        return _result(output, labels_BL, shared["spec"], cross_entropy)
+            cross_entropy_R = _cross_entropy(hidden_RD, head, shared["labels_R"])
+        return _result(output, labels_BL, shared["spec"], cross_entropy_R, by_source)
 
     module = model.get_output_embeddings()
     before = module.__dict__.get("forward")
@@ -162,11 +181,21 @@ def _result(
     output: DistillOutput,
     labels_BL: torch.Tensor,
     spec: DistillSpec,
-    cross_entropy: torch.Tensor | float,
+    cross_entropy_R: torch.Tensor | None,
+    by_source: _BySource,
 ) -> dict[str, torch.Tensor]:
+    labels_R = labels_BL.flatten()
+    sums = batch_sums(output, labels_R, spec, cross_entropy_R)
+    sources_R, num_sources = by_source
+    if sources_R is not None:
+        loss_R = cross_entropy_R
+        if loss_R is None:
+            loss_R = output.weight_R * (spec.alpha * output.ce_R + spec.beta * output.kd_R)
+        found = source_sums(loss_R.detach(), labels_R != -100, sources_R, num_sources)
+        sums = torch.cat((sums, found))
     return {
         "loss": output.loss,
-        "sums": batch_sums(output, labels_BL.flatten(), spec, cross_entropy),
+        "sums": sums,
         "row_losses": row_losses(output, labels_BL, spec),
     }
 
@@ -179,17 +208,22 @@ def row_losses(output: DistillOutput, labels_BL: torch.Tensor, spec: DistillSpec
     return parts_R.view(labels_BL.shape).masked_fill(labels_BL == -100, 0.0).sum(1)
 
 
+def zero_sums(num_sources: int, device: torch.device) -> torch.Tensor:
+    """What sums of batches with so many sources are added to."""
+    return torch.zeros(len(SUM_NAMES) + 2 * num_sources, dtype=torch.float64, device=device)
+
+
 @torch.no_grad()
 def batch_sums(
     output: DistillOutput,
     labels_R: torch.Tensor,
     spec: DistillSpec,
-    cross_entropy: torch.Tensor | float,
+    cross_entropy_R: torch.Tensor | None,
 ) -> torch.Tensor:
     """Sums over a batch in the order of SUM_NAMES: valid positions, positions of each strategy, JS
     in bits, the parts alpha * CE and beta * T^2 D of the loss, cross entropy of all valid
-    positions, and KL = T^2 D over the positions with a teacher target (kl_positions: BLENDED and
-    T1_ONLY).
+    positions (0 unless given), and KL = T^2 D over the positions with a teacher target
+    (kl_positions: BLENDED and T1_ONLY).
     """
     valid_R = labels_R != -100
     strategy_R = output.strategy_R.masked_fill(~valid_R, -1)
@@ -201,29 +235,31 @@ def batch_sums(
         output.js_R.double().sum(),
         spec.alpha * (weight_R * output.ce_R).sum(),
         spec.beta * (weight_R * output.kd_R).sum(),
-        torch.as_tensor(cross_entropy, device=labels_R.device),
+        weight_R.new_zeros(()) if cross_entropy_R is None else cross_entropy_R.double().sum(),
         (output.kd_R.double() * has_target_R).sum(),
         has_target_R.sum(),
     ]
     return torch.stack([value.double() for value in sums])
 
 
-def _cross_entropy_sum(hidden_RD: torch.Tensor, head: Head, labels_R: torch.Tensor) -> torch.Tensor:
-    """Sum of cross entropy at T = 1 over valid positions, in chunks."""
+def _cross_entropy(hidden_RD: torch.Tensor, head: Head, labels_R: torch.Tensor) -> torch.Tensor:
+    """Cross entropy at T = 1, float32, 0 where there is no label; in chunks."""
     (kept,) = (labels_R != -100).nonzero(as_tuple=True)
     chunk = max(2**25 // head.weight_VD.shape[0], 16)
-    total = torch.zeros((), dtype=torch.float64, device=hidden_RD.device)
+    found_R = torch.zeros(labels_R.shape, dtype=torch.float32, device=hidden_RD.device)
     for rows in kept.split(chunk):
         logits_RV = head_logits(
             hidden_RD[rows], head.weight_VD, head.bias_V, head.softcap, head.scale
         ).float()
-        total += torch.nn.functional.cross_entropy(logits_RV, labels_R[rows], reduction="sum")
-    return total
+        found_R[rows] = torch.nn.functional.cross_entropy(
+            logits_RV, labels_R[rows], reduction="none"
+        )
+    return found_R
 
 
 def as_metrics(sums: torch.Tensor) -> dict[str, float]:
     """Shares, mean JS and parts of the loss from summed SUM_NAMES."""
-    value = dict(zip(SUM_NAMES, sums.tolist(), strict=True))
+    value = dict(zip(SUM_NAMES, sums[: len(SUM_NAMES)].tolist(), strict=True))
     valid = max(value["valid"], 1.0)
     metrics = {f"share_{name.lower()}": value[name] / valid for name in STRATEGY_NAMES}
     metrics["mean_js"] = value["js"] / valid

@@ -26,6 +26,7 @@ from .checkpoint import find_checkpoint, step_of
 from .config import DistillConfig, distill_config
 from .fit import check_store, split_rows
 from .identity import plain, settings_identity, store_identity
+from .law_watch import LAWS_FILE, watch_laws
 from .processes import agreed
 from .run_folder import (
     CHECKPOINTS,
@@ -197,6 +198,7 @@ def make_trainer(request: TrainRequest, config: DistillConfig) -> DistillTrainer
     )
     for callback in (PrinterCallback, ProgressCallback):  # _Watch reports, stdout is for the result
         trainer.remove_callback(callback)
+    watch_laws(trainer, request.out / LAWS_FILE)
     return trainer
 
 
@@ -273,7 +275,8 @@ class _Run:
             self.record["before"] = previous.get("before")
         write_atomic(self.out / RUN_FILE, to_json(self.record))
         step = -1 if checkpoint is None else step_of(checkpoint)
-        drop_later_records(self.out / LOG_FILE, step)
+        for name in (LOG_FILE, LAWS_FILE):
+            drop_later_records(self.out / name, step)
         return checkpoint
 
     def _write_record(self) -> None:

@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 from logitcache import StoreReader, open_store
 from logitcache.causal_lm import fits_decoder_and_head
 from logitcache.errors import UsageError
+from logitcache.reader import TeacherBatch
 
 from .checkpoint import rotate, write_checkpoint
 from .config import DistillConfig
@@ -29,8 +30,10 @@ from .finite import FiniteCheck, skip_if
 from .fit import check_model_fits, check_store, core_model, split_rows
 from .identity import plain, settings_identity, store_identity
 from .processes import agreed
+from .source_loss import reported_sources, source_inputs, source_metrics
 from .state import SavedState, checkpoint_files
-from .student import SUM_NAMES, as_metrics, attach_loss
+from .student import SUM_NAMES, as_metrics, attach_loss, zero_sums
+from .taboo import configured_taboo
 
 
 class DistillTrainer(Trainer):
@@ -94,6 +97,8 @@ class DistillTrainer(Trainer):
                 stacklevel=2,
             )
         self.spec = args.spec()
+        self.sources = reported_sources(self.reader)
+        self.taboo = configured_taboo(args, processing_class)
         self._core = core
         self._plain_forward = core.forward
         attach_loss(core, self.spec, args.loss_chunk, self._dense)
@@ -119,7 +124,11 @@ class DistillTrainer(Trainer):
         self._saved: SavedState | None = None
         self._norm: Any = None
         self._feed = Feed(
-            self.reader, self.spec.temperature, args.device, args.dataloader_num_workers
+            self.reader,
+            self.spec.temperature,
+            args.device,
+            args.dataloader_num_workers,
+            self._more_inputs,
         )
         self._batches: tuple[Any, Iterator[dict[str, Any]]] | None = None
         self._reset_sums()
@@ -131,6 +140,11 @@ class DistillTrainer(Trainer):
         )
 
     # ---- data ----
+
+    def _more_inputs(self, batch: TeacherBatch) -> dict[str, Any]:
+        """Where each position is from, and what the student must not say there."""
+        more = source_inputs(self.reader, batch, len(self.sources))
+        return more if self.taboo is None else more | self.taboo.inputs(batch.rows)
 
     def row_order(self) -> RowOrder:
         """Which rows this process trains on, epoch by epoch."""
@@ -212,7 +226,7 @@ class DistillTrainer(Trainer):
     # ---- metrics ----
 
     def _reset_sums(self) -> None:
-        self._sums = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=self.args.device)
+        self._sums = zero_sums(len(self.sources), self.args.device)
         self._tokens, self._since = 0, time.monotonic()
         self._feed.seconds_waited = 0.0
 
@@ -226,7 +240,9 @@ class DistillTrainer(Trainer):
             if self.accelerator.num_processes > 1:
                 sums = self.accelerator.reduce(sums, "sum")
                 tokens = self.accelerator.reduce(tokens, "sum")
+            sums = sums.cpu()  # one wait for all that is read of it
             logs.update(as_metrics(sums))
+            logs.update(source_metrics(sums[len(SUM_NAMES) :], self.sources))
             logs["loss_agreement"] = logs["loss"] - logs["loss_ce"] - logs["loss_kd"]
             elapsed = max(time.monotonic() - self._since, 1e-9)
             logs["tokens_per_second"] = float(tokens) / elapsed
@@ -264,18 +280,27 @@ class DistillTrainer(Trainer):
             world,
         )
         rows = [[row + self._eval_start for row in batch] for batch in rows]
-        feed = Feed(self.eval_reader, 1.0, self.args.device, self.args.dataloader_num_workers)
+        reader = self.eval_reader
+        sources = reported_sources(reader)
+        feed = Feed(
+            reader,
+            1.0,
+            self.args.device,
+            self.args.dataloader_num_workers,
+            lambda batch: source_inputs(reader, batch, len(sources)),
+        )
         try:
             with self.averaged_weights(), self.accelerator.autocast():
                 # Not the core model alone: what FSDP keeps in shards is put together for a call of
                 # the module that it wrapped.
-                sums = summed(self.model, feed.inputs(rows), self.args.device)
+                sums = summed(self.model, feed.inputs(rows), self.args.device, len(sources))
         finally:
             self._core.forward = with_loss
             self.model.train(was_training)
         if world > 1:
             sums = self.accelerator.reduce(sums, "sum")
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in held_out_metrics(sums).items()}
+        found = held_out_metrics(sums) | source_metrics(sums[len(SUM_NAMES) :], sources)
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
         self.log(metrics)
         self._since += time.monotonic() - started  # of no step
         self.control = self.callback_handler.on_evaluate(

@@ -27,6 +27,7 @@ from .layout import FORMAT, TEACHERS, shard_rows
 from .packing import Rows, pack
 from .place import clear, empty_store, is_there, load, local_folder, lock_folder, shown
 from .remote import list_objects, put_beside, remote_url
+from .sources import describe_sources
 from .store import Store
 from .writing import create_store, create_teacher, write_rows
 
@@ -264,7 +265,9 @@ def plan(config: BuildConfig, stop: Callable[[], bool] = lambda: False) -> Plan:
 
     files = input_files(config.data)
     encoder = Encoder(tokenizer)
-    rows = pack(encoder.encode(_until(read_documents(config.data), stop)), config.seq_len)
+    counts: list[int] = []
+    documents = _until(read_documents(config.data, counts), stop)
+    rows = pack(encoder.encode(documents), config.seq_len)
     if len(rows.tokens) == 0:
         raise InputError(
             f"{', '.join(map(str, config.data))}: nothing to train on: of "
@@ -286,6 +289,7 @@ def plan(config: BuildConfig, stop: Callable[[], bool] = lambda: False) -> Plan:
         "tokenizer_sha256": content_sha256(content),
         "data_sha256": rows.fingerprint(),
         "data_files": [{"name": p.name, "sha256": file_sha256(p)} for p in files],
+        "sources": describe_sources(config.data, counts, rows.documents),
         "temperatures": TEMPERATURES,
     }
     most = {"topk": config.top_k, "full": vocab_size}.get(config.estimator, _MOST_ENTRIES)
@@ -343,6 +347,8 @@ def refuse_other(
     path: Path, where: str, found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
     found, wanted = _flat(found), _flat(wanted)
+    if "sources" not in found:  # a store from before they were kept: the same rows all the same
+        wanted.pop("sources", None)
     changed = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
     if changed:
         lines = [

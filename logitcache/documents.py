@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,16 @@ class Document:
     gold: bool | None
 
 
-def read_documents(paths: tuple[Path, ...]) -> Iterator[Document]:
+def read_documents(paths: Sequence[Path], counts: list[int] | None = None) -> Iterator[Document]:
     """Yield all documents in the order of the files. InputError for the first one that cannot be
-    used."""
+    used. counts: a list to which the number of each path's documents is added once it is read."""
     for path in paths:
-        found = False
+        found = 0
         for document in _read_one(path):
-            found = True
+            found += 1
             yield document
+        if counts is not None:
+            counts.append(found)
         if not found:
             raise InputError(
                 f"{path}: no documents in it", "give a file with at least one document"

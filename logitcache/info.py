@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .verify import Finding
 
 _MOST_DOCUMENTS = 1000  # named of one damaged shard
+_MOST_SOURCES = 20  # named for a person
 
 
 def describe_store(path: Path) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def describe_store(path: Path) -> dict[str, Any]:
         "tokens": manifest["tokens"],
         "valid_tokens": manifest["valid_tokens"],
         "documents": manifest["documents"],
+        "sources": manifest.get("sources"),
         "bytes": sum(store.sizes_of().values()),
         "vocab_size": manifest["vocab_size"],
         "estimator": teachers[0]["estimator"] if teachers else None,
@@ -72,6 +74,7 @@ def render_info(info: dict[str, Any], shard: str | None = None) -> str:
         f"tokens      {info['tokens']:,}, of which trained on {info['valid_tokens']:,}",
         f"vocabulary  {info['vocab_size']:,}",
         f"bytes       {info['bytes']:,}",
+        *_source_lines(info["sources"] or []),
     ]
     for teacher in info["teachers"]:
         lines.append(
@@ -91,6 +94,20 @@ def render_info(info: dict[str, Any], shard: str | None = None) -> str:
     elif not info["complete"]:
         lines.append("next: run the same build command again to finish it")
     return "\n".join(lines)
+
+
+def _source_lines(sources: list[dict[str, Any]]) -> list[str]:
+    """Where the text comes from, if it is from more than one place."""
+    if len(sources) < 2:
+        return []
+    lines = [
+        f"source      {source['name']}: {source['documents']:,} documents, "
+        f"{source['tokens']:,} tokens"
+        for source in sources[:_MOST_SOURCES]
+    ]
+    if len(sources) > _MOST_SOURCES:
+        lines.append(f"source      ... and {len(sources) - _MOST_SOURCES} more (--json has all)")
+    return lines
 
 
 def render_plan(document: dict[str, Any]) -> str:

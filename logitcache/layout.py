@@ -14,6 +14,7 @@ from .codec import PRECISIONS, certain_planes, has_floor, sampled_planes
 from .errors import StoreError
 from .fields import PLANES, fields_width
 from .shards import ArraySpec
+from .sources import possible_sources
 
 FORMAT = 1
 TEACHERS = ("teacher1", "teacher2")
@@ -135,6 +136,8 @@ def check_manifest(manifest: Any, where: object) -> dict[str, Any]:
         and all(_number(t, 0.01, 100) for t in grid)
         and 1.0 in grid
     )
+    if "sources" in found:
+        good["sources"] = possible_sources(found["sources"], found.get("documents"))
     if good["seq_len"] and good["shard_rows"]:
         good["shard_rows"] = found["shard_rows"] * found["seq_len"] <= 2 * MAX_SEQ_LEN
     _refuse(good, found, where)

@@ -28,6 +28,7 @@ from .packing import Rows
 from .padded import TeacherSupport, side_by_side
 from .place import load, shown
 from .shards import ShardFile
+from .sources import source_numbers
 from .store import Store, load_tokenizer_content
 from .support import Support, decode_row
 
@@ -163,6 +164,16 @@ class StoreReader:
             return decode_row(
                 planes, self.store.teachers[name], self.manifest["temperatures"], order, row
             )
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the store's sources, in order; none of a store from before they were kept."""
+        return tuple(source["name"] for source in self.manifest.get("sources", ()))
+
+    def source_numbers(self, rows: Rows) -> np.ndarray:
+        """Which of ``source_names`` each token of some rows is from, int64 [B, L], also as a label
+        of the position before it; -1 is padding. StoreError where rows and manifest differ."""
+        return source_numbers(self.manifest, rows.documents)
 
     @cached_property
     def tokenizer_content(self) -> dict[str, Any]:

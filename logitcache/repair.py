@@ -69,6 +69,8 @@ def repair(
             return store, []
         planned = plan(config, stop)
         if store is not None:
+            if "sources" not in store.manifest:  # one from before they were kept stays as it was
+                planned.manifest.pop("sources", None)
             refuse_other(path, "", store.manifest, planned.manifest)
             for name in set(store.teachers) & set(planned.teachers):
                 refuse_other(path, f"{name}: ", store.teachers[name], planned.teachers[name])

@@ -136,6 +136,22 @@ def read_row(store, name: str, row: int):
     return positions
 
 
+def test_documents_say_of_which_source_a_token_is(tmp_path, built, teacher1):
+    other = tmp_path / "other.txt"
+    other.write_text("the king of france was away", encoding="utf-8")
+    data = (*built.settings["data"], other)
+    build(out=tmp_path / "store", **{**built.settings, "teacher2": None, "data": data})
+    root = zarr.open_group(str(tmp_path / "store"), mode="r", zarr_format=3, use_consolidated=False)
+    documents = root["rows/documents"][:]
+    first = 1
+    for source in root.attrs["logitcache"]["sources"]:
+        last = first + source["documents"] - 1
+        assert ((documents >= first) & (documents <= last)).sum() == source["tokens"]
+        first = last + 1
+    assert first - 1 == documents.max() == 28
+    assert [s["name"] for s in root.attrs["logitcache"]["sources"]] == ["corpus", "other"]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
