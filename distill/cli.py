@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import tempfile
-from dataclasses import replace
+import os
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -39,8 +36,9 @@ for command in (evaluate, generate, promote, evolve, lineage):
 @click.option("--eval-store", type=Path, help="Store of held-out text, evaluated before and after.")
 @click.option("--config", type=Path, help="YAML or JSON file of settings.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting.")
-@click.option("--dry-run", is_flag=True, help="Check that all fits and say what would be done.")
+@click.option("--dry-run", is_flag=True, help="Try one step, say what it takes.")
 @click.option("--fresh", is_flag=True, help="Delete a run that is there and train anew.")
+@click.option("--strict", is_flag=True, help="Stop at a damaged checkpoint; else the one before.")
 @common_options
 def train(
     options: Options,
@@ -52,6 +50,7 @@ def train(
     assignments: tuple[str, ...],
     dry_run: bool,
     fresh: bool,
+    strict: bool,
 ) -> None:
     """Train a student; the same command continues a run that was interrupted.
 
@@ -68,26 +67,40 @@ def train(
         open_store(path)
     quiet_libraries()
     from logitcache.causal_lm import check_model_folder
+    from logitcache.several import leave_group
 
-    from .train import TrainRequest, leave_group
+    from .progress import TrainProgress
+    from .train import TrainRequest
     from .train import train as run_train
 
     check_model_folder(student)
     request = TrainRequest(store, student, out, eval_store, settings)
-    if dry_run:
-        options.result(*_describe_plan(request, fresh))
-        return
-
-    def note(text: str) -> None:
-        if _is_first():
-            options.note(text)
-
     try:
-        with stop_on_signal() as stop:
-            record = run_train(request, fresh=fresh, stop=stop, note=note)
-        is_first = _is_first()
+        if dry_run:
+            from .plan import dry_run as try_out
+
+            document = try_out(request, fresh)
+            lines = ["store, student and settings fit; would train:"]
+            lines += [f"{key:18} {value}" for key, value in document.items() if key != "taboo"]
+            if "taboo" in document:
+                from .taboo import render_taboo
+
+                lines += render_taboo(document["taboo"])
+            options.result(document, "\n".join(lines))
+            return
+        quiet = options.quiet or os.environ.get("RANK", "0") != "0"
+        with stop_on_signal() as stop, TrainProgress(quiet) as progress:
+            record = run_train(
+                request,
+                fresh=fresh,
+                strict=strict,
+                stop=stop,
+                note=progress.note,
+                report=progress,
+            )
     finally:
         leave_group()
+    is_first = os.environ.get("RANK", "0") == "0"
     if not is_first:
         return
     document = {
@@ -165,47 +178,6 @@ def report(options: Options, run_dir: Path, html: Path) -> None:
         lines.append(f"missing  {', '.join(run.missing)}")
     lines += [f"note     {note}" for note in run.notes]
     options.result(document, "\n".join(lines))
-
-
-def _is_first() -> bool:
-    """Whether this process speaks for all of a run under torchrun."""
-    import torch.distributed
-
-    return not torch.distributed.is_initialized() or int(torch.distributed.get_rank()) == 0
-
-
-def _describe_plan(request: Any, fresh: bool) -> tuple[dict[str, Any], str]:
-    from .train import check_paths, existing_run, make_trainer, run_identity
-
-    check_paths(request)
-    if request.out.is_dir() and not fresh:
-        existing_run(request.out, run_identity(request, request.config()))
-    with tempfile.TemporaryDirectory() as folder:  # the Trainer makes its folder at once
-        config = replace(request, out=Path(folder)).config()
-        trainer = make_trainer(request, config)
-    rows = len(trainer.reader)
-    per_step = (
-        config.per_device_train_batch_size
-        * config.gradient_accumulation_steps
-        * trainer.accelerator.num_processes
-    )
-    epochs_steps = math.ceil(config.num_train_epochs * math.ceil(rows / per_step))
-    document = {
-        "rows": rows,
-        "rows_per_step": per_step,
-        "steps": config.max_steps if config.max_steps > 0 else epochs_steps,
-        "device": str(config.device),
-        "parameters": sum(p.numel() for p in trainer._core.parameters()),
-        "spec": dict(trainer.spec.__dict__),
-    }
-    lines = ["store, student and settings fit; would train:"]
-    lines += [f"{key:14} {value}" for key, value in document.items()]
-    if trainer.taboo is not None:
-        from .taboo import describe_taboo, render_taboo
-
-        document["taboo"] = describe_taboo(trainer.taboo, trainer.processing_class, trainer.reader)
-        lines += render_taboo(document["taboo"])
-    return document, "\n".join(lines)
 
 
 def main() -> None:

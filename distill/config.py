@@ -24,8 +24,9 @@ SPEC_FIELDS = tuple(f.name for f in dataclasses.fields(DistillSpec))
 class DistillConfig(TrainingArguments):
     """TrainingArguments with the fields of DistillSpec (see there) and of the averaged weights.
 
-    Unlike TrainingArguments, every step is logged, nothing is reported to outside services, and
-    bf16 autocast is on where a GPU can do it.
+    Unlike TrainingArguments, steps are logged one by one (on a GPU, which must be waited for to
+    know a loss, ten together), nothing is reported to outside services, two checkpoints are kept,
+    and bf16 autocast is on where a GPU can do it.
     """
 
     temperature: float = field(default=2.0, metadata={"help": "T of the divergence"})
@@ -67,7 +68,35 @@ class DistillConfig(TrainingArguments):
         default=None, metadata={"help": "positions whose logits exist at once; None chooses"}
     )
 
-    logging_steps: float = field(default=1, metadata={"help": "log every N steps"})
+    eval_rows: int = field(
+        default=0, metadata={"help": "the last rows of the store, held out and evaluated"}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, flash_attention_2, ...; None: transformers' choice"}
+    )
+    lora_rank: int = field(default=0, metadata={"help": "of LoRA adapters; 0 trains all weights"})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "LoRA's scale is alpha / rank; None is twice the rank"}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "of the adapters' input"})
+    lora_targets: str | list[str] = field(
+        default="all-linear", metadata={"help": "names of the layers that get adapters"}
+    )
+
+    logging_steps: float = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "log every N steps; None: 10 on a GPU, 1 on a CPU"}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "newest checkpoints that are kept; None keeps all"}
+    )
+    # A transformers model asks for a search for unused weights by default, at every step; here all
+    # that are trained are used.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "DDP: look for weights without a gradient"}
+    )
+    fsdp: bool | str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "true: FSDP2, weights in shards over the processes' GPUs"}
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "must stay off"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay off"})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "see transformers"})
@@ -82,16 +111,34 @@ class DistillConfig(TrainingArguments):
             self.bf16 = not (self.fp16 or self.use_cpu) and (
                 torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             )
+        if self.logging_steps is None:
+            self.logging_steps = 10 if torch.cuda.is_available() and not self.use_cpu else 1
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else the processes of torchrun would not find one another
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor: the distillation loss has none; expected 0")
+        if self.deepspeed:
+            raise ValueError("deepspeed: its checkpoints are pickles; expected fsdp, or neither")
+        if self.save_only_model:
+            raise ValueError(
+                "save_only_model: a run cannot go on from such a checkpoint; expected false "
+                "(the student itself is in --out)"
+            )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                "train_sampling_strategy: rows of a store have one length; expected random or "
+                f"sequential, found {self.train_sampling_strategy}"
+            )
+        if self.eval_rows < 0 or self.lora_rank < 0:
+            raise ValueError("eval_rows, lora_rank: expected 0 or more")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected a number in [0, 1), found {self.ema_decay}")
         self.spec()  # refuses what it does not know
         super().__post_init__()
+        if self.fsdp and int(self.fsdp_config.get("version", 2)) != 2:  # type: ignore[union-attr]
+            raise ValueError(f"fsdp_config: version: expected 2, found {self.fsdp_config}")
 
     @property
     def n_gpu(self) -> int:

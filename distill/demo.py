@@ -22,7 +22,7 @@ from logitcache_kernels import STRATEGY_NAMES
 
 from .bundled import BUNDLED
 from .evaluate import evaluate_on_store
-from .train import RUN_FILE
+from .run_folder import RUN_FILE
 
 TEACHER1, TEACHER2 = BUNDLED / "teacher1", BUNDLED / "teacher2"
 SEQ_LEN = 256

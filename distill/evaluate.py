@@ -22,6 +22,7 @@ def summed(
     those of the sources that the inputs have."""
     total = zero_sums(num_sources, device)
     for inputs in batches:
+        inputs = {k: v for k, v in inputs.items() if k not in ("rows", "num_valid")}
         total += model(**send_to_device(inputs, device), evaluate=True, num_items=1.0)["sums"]
     return total
 

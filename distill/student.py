@@ -3,7 +3,8 @@ loss.
 
 The loss is computed inside forward(), so that whatever wraps the model (DDP, FSDP, PEFT, autocast,
 gradient checkpointing) sees an ordinary forward pass, and chunk by chunk, so that R x V logits
-never exist at once.
+never exist at once. A model whose logits are not those of its decoder and output head gives them
+whole, to the same loss.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 
 from logitcache.causal_lm import Head, hidden_states
@@ -20,11 +22,14 @@ from logitcache_kernels import (
     DistillOutput,
     DistillSpec,
     SparseTeacher,
+    distill_loss,
     head_logits,
     linear_distill_loss,
 )
 
 from .source_loss import source_sums
+
+_BySource = tuple[torch.Tensor | None, int]  # the source of each position, and how many there are
 
 # What forward() sums over a batch, in this order; see batch_sums.
 SUM_NAMES = ("valid", *STRATEGY_NAMES, "js", "ce", "kd", "ce_valid", "kl", "kl_positions")
@@ -40,24 +45,31 @@ def to_inputs(batch: TeacherBatch, temperature: float) -> dict[str, Any]:
         # Plain dicts: accelerate and DDP move them to the device, named tuples they cannot rebuild.
         "teachers": [t.sparse_teacher(temperature)._asdict() for t in batch.teachers],
         "num_tokens": int(batch.rows.lengths().sum()),
+        "packed": bool((np.diff(batch.positions, axis=1) != 1).any()),
     }
 
 
-def attach_loss(model: Any, spec: DistillSpec, chunk: int | None = None) -> None:
+def attach_loss(
+    model: Any, spec: DistillSpec, chunk: int | None = None, dense: bool = False
+) -> None:
     """Make model(..., teachers=..., labels=..., num_items=...) compute the loss; other calls stay
     as they are.
 
     With teachers the forward returns {"loss": scalar, "sums": float64 tensor in the order of
-    SUM_NAMES}; with evaluate=True it also fills the sums of plain cross entropy and KL, without
+    SUM_NAMES, "row_losses": [B], the part of each row in the loss's sum without the agreement
+    term}; with evaluate=True it also fills the sums of plain cross entropy and KL, without
     gradients. Given sources, the sums end with those of ``source_sums``: of the parts CE and KD of
-    the loss, or of plain cross entropy with evaluate=True.
+    the loss, or of plain cross entropy with evaluate=True. dense: from the model's own logits, all
+    at once; check_model says for which models.
     """
     plain_forward = model.forward
 
     def forward(self: Any, *args: Any, teachers: Any = None, **kwargs: Any) -> Any:
         if teachers is None:
             return plain_forward(*args, **kwargs)
-        return _distill_forward(self, spec, chunk, teachers, **kwargs)
+        return _distill_forward(
+            self, spec, chunk, teachers, plain_forward if dense else None, **kwargs
+        )
 
     model.forward = MethodType(forward, model)
 
@@ -67,6 +79,7 @@ def _distill_forward(
     spec: DistillSpec,
     chunk: int | None,
     teachers: Any,
+    plain_forward: Any,
     *,
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
@@ -75,6 +88,7 @@ def _distill_forward(
     num_items: torch.Tensor | float | None = None,
     evaluate: bool = False,
     num_tokens: int = 0,
+    packed: bool | None = None,
     sources: torch.Tensor | None = None,
     num_sources: int = 0,
     taboo_ids: torch.Tensor | None = None,
@@ -85,33 +99,113 @@ def _distill_forward(
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise TypeError(f"unexpected with teachers: {', '.join(given)}")
-    hidden_RD = hidden_states(model, input_ids, position_ids).flatten(0, 1)
-    head = Head.of(model)
-    labels_R = labels.flatten()
-    output = linear_distill_loss(
-        hidden_RD,
-        head.weight_VD,
-        [SparseTeacher(**teacher) for teacher in teachers],
-        labels_R,
-        spec,
-        bias_V=head.bias_V,
-        softcap=head.softcap,
-        scale=head.scale,
-        chunk=chunk,
-        gold_R=gold.flatten(),
-        taboo_ids=taboo_ids,
-        taboo_RK=None if taboo_BLK is None else taboo_BLK.flatten(0, 1),
-        num_items=num_items,
-    )
-    cross_entropy_R = _cross_entropy(hidden_RD, head, labels_R) if evaluate else None
+    shared = {
+        "teachers": [SparseTeacher(**teacher) for teacher in teachers],
+        "labels_R": labels.flatten(),
+        "spec": spec,
+        "gold_R": gold.flatten(),
+        "taboo_ids": taboo_ids,
+        "taboo_RK": None if taboo_BLK is None else taboo_BLK.flatten(0, 1),
+        "num_items": num_items,
+    }
+    by_source = (None if sources is None else sources.flatten(), num_sources)
+    if plain_forward is not None:
+        logits_RV = plain_forward(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).logits.flatten(0, 1)
+        return _from_logits(logits_RV, labels, evaluate, shared, by_source)
+    hidden_RD = hidden_states(model, input_ids, position_ids, packed=packed).flatten(0, 1)
+    return _from_head(model, hidden_RD, labels, evaluate, chunk, shared, by_source)
+
+
+# Compilers see the decoder: they have nothing to add to kernels, and would trace into them.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _from_logits(
+    logits_RV: torch.Tensor,
+    labels_BL: torch.Tensor,
+    evaluate: bool,
+    shared: dict[str, Any],
+    by_source: _BySource,
+) -> dict[str, torch.Tensor]:
+    cross_entropy_R = None
+    if evaluate:
+        cross_entropy_R = torch.nn.functional.cross_entropy(
+            logits_RV.float(), shared["labels_R"], reduction="none"
+        )
+    output = distill_loss(logits_RV, **shared)
+    return _result(output, labels_BL, shared["spec"], cross_entropy_R, by_source)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _from_head(
+    model: Any,
+    hidden_RD: torch.Tensor,
+    labels_BL: torch.Tensor,
+    evaluate: bool,
+    chunk: int | None,
+    shared: dict[str, Any],
+    by_source: _BySource,
+) -> dict[str, torch.Tensor]:
+    """The loss as what the output head gives for hidden states, in a call of the head: only there
+    do wrappers (FSDP2 shards heads on their own) have its weight in one piece."""
+
+    def forward(hidden_RD: torch.Tensor) -> dict[str, torch.Tensor]:
+        head = Head.of(model)
+        output = linear_distill_loss(
+            hidden_RD,
+            head.weight_VD,
+            bias_V=head.bias_V,
+            softcap=head.softcap,
+            scale=head.scale,
+            chunk=chunk,
+            **shared,
+        )
+        cross_entropy_R = None
+        if evaluate:
+            cross_entropy_R = _cross_entropy(hidden_RD, head, shared["labels_R"])
+        return _result(output, labels_BL, shared["spec"], cross_entropy_R, by_source)
+
+    module = model.get_output_embeddings()
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        return module(hidden_RD)
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _result(
+    output: DistillOutput,
+    labels_BL: torch.Tensor,
+    spec: DistillSpec,
+    cross_entropy_R: torch.Tensor | None,
+    by_source: _BySource,
+) -> dict[str, torch.Tensor]:
+    labels_R = labels_BL.flatten()
     sums = batch_sums(output, labels_R, spec, cross_entropy_R)
-    if sources is not None:
+    sources_R, num_sources = by_source
+    if sources_R is not None:
         loss_R = cross_entropy_R
         if loss_R is None:
             loss_R = output.weight_R * (spec.alpha * output.ce_R + spec.beta * output.kd_R)
-        by_source = source_sums(loss_R, labels_R != -100, sources.flatten(), num_sources)
-        sums = torch.cat((sums, by_source))
-    return {"loss": output.loss, "sums": sums}
+        found = source_sums(loss_R.detach(), labels_R != -100, sources_R, num_sources)
+        sums = torch.cat((sums, found))
+    return {
+        "loss": output.loss,
+        "sums": sums,
+        "row_losses": row_losses(output, labels_BL, spec),
+    }
+
+
+@torch.no_grad()
+def row_losses(output: DistillOutput, labels_BL: torch.Tensor, spec: DistillSpec) -> torch.Tensor:
+    """What each row adds to the sum of the losses, [B]; which row is to blame if it is not
+    finite."""
+    parts_R = output.weight_R * (spec.alpha * output.ce_R + spec.beta * output.kd_R)
+    return parts_R.view(labels_BL.shape).masked_fill(labels_BL == -100, 0.0).sum(1)
 
 
 def zero_sums(num_sources: int, device: torch.device) -> torch.Tensor:

@@ -4,97 +4,36 @@ two-teacher loss."""
 from __future__ import annotations
 
 import contextlib
-import math
+import itertools
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_callback import ExportableState
 
 from logitcache import StoreReader, open_store
-from logitcache.causal_lm import Head, check_model
-from logitcache.errors import NonFiniteError, StoreError, UsageError
-from logitcache.tokenise import content_sha256, describe_difference, tokenizer_content
+from logitcache.causal_lm import fits_decoder_and_head
+from logitcache.errors import UsageError
+from logitcache.reader import TeacherBatch
 
+from .checkpoint import rotate, write_checkpoint
 from .config import DistillConfig
+from .data import Feed, RowOrder, row_loader, share_of
 from .ema import WeightAverage
 from .evaluate import evaluation_spec, held_out_metrics, summed
+from .finite import FiniteCheck, skip_if
+from .fit import check_model_fits, check_store, core_model, split_rows
+from .identity import plain, settings_identity, store_identity
+from .processes import agreed
 from .source_loss import reported_sources, source_inputs, source_metrics
-from .student import SUM_NAMES, as_metrics, attach_loss, to_inputs, zero_sums
-from .taboo import Taboo, configured_taboo
-
-
-class _RowNumbers(Dataset[int]):
-    """The rows of a store by number; the collator reads them."""
-
-    def __init__(self, num_rows: int):
-        self.num_rows = num_rows
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
-class _Collator:
-    def __init__(
-        self, reader: StoreReader, temperature: float, num_sources: int, taboo: Taboo | None = None
-    ):
-        self.reader, self.temperature = reader, temperature
-        self.num_sources, self.taboo = num_sources, taboo
-
-    def __call__(self, rows: list[int]) -> dict[str, Any]:
-        batch = self.reader[rows]
-        inputs = to_inputs(batch, self.temperature)
-        inputs |= source_inputs(self.reader, batch, self.num_sources)
-        return inputs if self.taboo is None else inputs | self.taboo.inputs(batch.rows)
-
-
-def check_fit(
-    reader: StoreReader, model: Any, tokenizer: Any, config: DistillConfig, name: str = "student"
-) -> None:
-    """Refuse a store that was not made for this student or these settings, saying what differs."""
-    store, manifest = reader.store.path, reader.manifest
-    content = tokenizer_content(tokenizer)
-    if content_sha256(content) != manifest["tokenizer_sha256"]:
-        difference = describe_difference(reader.tokenizer_content, content)
-        raise StoreError(
-            f"{store}: was built with another tokenizer than the {name}'s: {difference}",
-            "train a student that has the teachers' tokenizer, or build a store with this one",
-        )
-    width = Head.of(model).weight_VD.shape[0]
-    if width < manifest["vocab_size"]:
-        raise StoreError(
-            f"{store}: vocabulary: expected a {name} with at least "
-            f"{manifest['vocab_size']} output rows, "
-            f"found {width}",
-            "resize the student's embeddings",
-        )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and longest < manifest["seq_len"]:
-        raise UsageError(
-            f"{store}: rows have {manifest['seq_len']} tokens, the {name} reads at most {longest}",
-            f"build a store with --seq-len {longest} or less",
-        )
-    if config.temperature > reader.max_temperature or config.temperature < min(reader.temperatures):
-        raise UsageError(
-            f"{store}: temperature: expected {min(reader.temperatures):g} to "
-            f"{reader.max_temperature:g}, "
-            f"found {config.temperature:g}",
-            "choose a smaller one, or build with a larger --sample-temperature",
-        )
-    sampled = [a["estimator"] for a in reader.store.teachers.values()].count("sampled")
-    if sampled and config.divergence != "forward_kl":
-        raise UsageError(
-            f"{store}: divergence: sampled supports allow forward_kl only, found "
-            f"{config.divergence}",
-            "build the store with --estimator topk",
-        )
+from .state import SavedState, checkpoint_files
+from .student import SUM_NAMES, as_metrics, attach_loss, zero_sums
+from .taboo import configured_taboo
 
 
 class DistillTrainer(Trainer):
@@ -103,11 +42,12 @@ class DistillTrainer(Trainer):
     model: a causal language model (PEFT models too). args: DistillConfig. store, eval_store: a
     StoreReader or a path. processing_class: the student's tokenizer, whose content must be that of
     the store. Everything else is transformers.Trainer's. evaluate() uses the averaged weights and
-    reports, on the eval store, loss (held-out cross entropy), kl (to the gated target at T = 1) and
-    the shares of the strategies.
+    reports, on the eval store or on the held-out rows of the store (args.eval_rows), loss (held-out
+    cross entropy), kl (to the gated target at T = 1) and the shares of the strategies.
 
     Raises UsageError or StoreError if store, student and settings do not fit; NonFiniteError before
-    a step would be taken with a loss or gradient that is not finite.
+    anything is saved of a step whose loss or gradient is not finite (on a CPU, and with fused
+    optimizers, before the step is taken).
     """
 
     args: DistillConfig
@@ -130,50 +70,126 @@ class DistillTrainer(Trainer):
                 "processing_class: the student's tokenizer is needed to check the store"
             )
         self.reader = _opened(store)
-        self.eval_reader = None if eval_store is None else _opened(eval_store)
-        core = _core_model(model)
+        self.num_train_rows, held_out = split_rows(self.reader, args, eval_store is not None)
+        self.eval_reader = self.reader if held_out else None
+        self._eval_start = self.num_train_rows if held_out else 0
+        if eval_store is not None:
+            self.eval_reader = _opened(eval_store)
+        core = core_model(model)
         if hasattr(core.get_output_embeddings(), "base_layer"):
             raise UsageError(
                 "model: an adapter on the output head, whose weight alone the loss reads",
                 "leave the output head out of the adapter's target modules",
             )
-        for reader in (self.reader, self.eval_reader):
-            if reader is not None:
-                check_fit(reader, core, processing_class, args)
-        check_model(core, Path(getattr(core.config, "_name_or_path", "") or "student"))
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UsageError("model: learned prompts are not supported; expected LoRA or its like")
+        for reader in {self.reader, self.eval_reader} - {None}:
+            assert reader is not None
+            check_store(reader, processing_class, core.config, args)
+            check_model_fits(reader, core)
+        self._dense = not fits_decoder_and_head(
+            core, Path(getattr(core.config, "_name_or_path", "") or "student")
+        )
+        if self._dense:
+            warnings.warn(
+                f"{type(core).__name__}: its logits are not those of its decoder and output head; "
+                "the loss is computed from whole logits, which takes more memory",
+                stacklevel=2,
+            )
         self.spec = args.spec()
         self.sources = reported_sources(self.reader)
         self.taboo = configured_taboo(args, processing_class)
         self._core = core
         self._plain_forward = core.forward
-        attach_loss(core, self.spec, args.loss_chunk)
+        attach_loss(core, self.spec, args.loss_chunk, self._dense)
+        if args.fsdp and args.world_size == 1:
+            raise UsageError("fsdp: shards need several processes", "start them with torchrun")
         super().__init__(
             model=model,
             args=args,
-            data_collator=_Collator(
-                self.reader, self.spec.temperature, len(self.sources), self.taboo
-            ),
-            train_dataset=_RowNumbers(len(self.reader)),
-            eval_dataset=None if self.eval_reader is None else _RowNumbers(len(self.eval_reader)),
+            train_dataset=self.reader,
+            eval_dataset=self.eval_reader,
             processing_class=processing_class,
             **kwargs,
         )
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise UsageError(
+                f"fsdp: accelerate puts weights into shards on GPUs only, found {args.device.type}",
+                "leave fsdp out: processes without GPUs each hold all weights (DDP)",
+            )
         self.model_accepts_loss_kwargs = True
         self.average: WeightAverage | None = None
+        self.finite = FiniteCheck(args.device)
         self.add_callback(_Hooks(self))
-        self._resume_from: Path | None = None
+        self._saved: SavedState | None = None
+        self._norm: Any = None
+        self._feed = Feed(
+            self.reader,
+            self.spec.temperature,
+            args.device,
+            args.dataloader_num_workers,
+            self._more_inputs,
+        )
+        self._batches: tuple[Any, Iterator[dict[str, Any]]] | None = None
         self._reset_sums()
 
-    # ---- loss ----
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that goes on from it."""
+        return plain(
+            {"store": store_identity(self.reader), "settings": settings_identity(self.args)}
+        )
+
+    # ---- data ----
+
+    def _more_inputs(self, batch: TeacherBatch) -> dict[str, Any]:
+        """Where each position is from, and what the student must not say there."""
+        more = source_inputs(self.reader, batch, len(self.sources))
+        return more if self.taboo is None else more | self.taboo.inputs(batch.rows)
+
+    def row_order(self) -> RowOrder:
+        """Which rows this process trains on, epoch by epoch."""
+        return RowOrder(
+            self.num_train_rows,
+            self._train_batch_size,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            shuffle=self.args.train_sampling_strategy != "sequential",
+            drop_last=self.args.dataloader_drop_last,
+            process_index=self.args.process_index,
+            num_processes=self.args.world_size,
+        )
+
+    def get_train_dataloader(self) -> DataLoader[int]:
+        self._order = self.row_order()
+        return row_loader(self._order)
+
+    def set_epoch(self, global_step: int) -> None:
+        """The epoch follows from the step: the state of the data's order is that one integer."""
+        accumulated = self.args.gradient_accumulation_steps
+        self._order.set_epoch(global_step // max(-(-len(self._order) // accumulated), 1))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """Batches of one optimizer step and the valid positions in them, over all ranks."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        valid = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-        count = torch.tensor(float(max(valid, 0)), device=self.args.device)
+        """Inputs of one optimizer step and the valid positions in them, over all ranks."""
+        if self._batches is None or self._batches[0] is not epoch_iterator:
+            self.close_feed()
+            self._batches = epoch_iterator, self._feed.inputs(epoch_iterator)
+        if self.state.global_step >= self.state.max_steps:  # taken up after its last step
+            self.control.should_training_stop = True
+            num_batches = 0
+        inputs = list(itertools.islice(self._batches[1], num_batches))
+        valid = sum(part.pop("num_valid") for part in inputs)
+        # Filled on the device: a copy from the host would have to be waited for.
+        count = torch.full((), float(valid), device=self.args.device)
         if self.accelerator.num_processes > 1:
             count = self.accelerator.reduce(count, "sum")
-        return batches, count.clamp_min(1.0)
+        return inputs, count.clamp_min(1.0)
+
+    def close_feed(self) -> None:
+        """End the threads that read ahead."""
+        if self._batches is not None:
+            self._batches[1].close()  # type: ignore[attr-defined]
+            self._batches = None
+
+    # ---- loss ----
 
     def compute_loss(
         self,
@@ -183,50 +199,42 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Loss of a micro-batch: its sum over the global batch's valid positions."""
+        rows = inputs.pop("rows")
         output = model(**inputs, num_items=num_items_in_batch)
         self._sums += output["sums"].detach()
         self._tokens += inputs["num_tokens"]
+        self.finite.add(rows, output["row_losses"])
         # DDP averages gradients over ranks; the divisor above already counts all of them.
         loss = output["loss"] * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
-    def training_step(
-        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> Any:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not math.isfinite(float(loss)):
-            self._refuse_nonfinite(f"loss is {float(loss)}")
-        return loss
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self._norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._norm
 
-    def _refuse_nonfinite(self, what: str) -> None:
-        last = [f"{r['loss']:.4g}" for r in self.state.log_history if "loss" in r][-20:]
-        raise NonFiniteError(
-            f"step {self.state.global_step + 1}: {what}; no step was taken with it; "
-            f"last losses: {', '.join(last) or 'none'}",
-            "lower learning_rate, or look at the rows of this step; checkpoints are as they were",
-        )
-
-    def check_gradients(self) -> None:
-        """Stop before the optimizer step if any gradient is not finite."""
-        gradients = [p.grad for p in self._core.parameters() if p.grad is not None]
+    def check_step(self) -> None:
+        """Before the optimizer step; see FiniteCheck."""
+        norm = self._norm
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
         # With fp16 an infinite gradient is the scaler's business: it skips the step.
-        if not gradients or self.accelerator.scaler is not None:
-            return
-        norms = torch.stack(
-            [n.float().to(gradients[0].device) for n in torch._foreach_norm(gradients)]
-        )
-        if not bool(torch.isfinite(norms).all()):
-            self._refuse_nonfinite("a gradient is not finite")
+        has_scaler = self.accelerator.scaler is not None
+        is_finite = self.finite.close_step(self.state.global_step + 1, None if has_scaler else norm)
+        if self.finite.on_gpu and not has_scaler:
+            skip_if(self.optimizer, is_finite)
 
     # ---- metrics ----
 
     def _reset_sums(self) -> None:
         self._sums = zero_sums(len(self.sources), self.args.device)
         self._tokens, self._since = 0, time.monotonic()
+        self._feed.seconds_waited = 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the loss knows to a training record."""
         if "loss" in logs:
+            self.finite.wait()
+            self.finite.last_losses.append(logs["loss"])
             sums = self._sums
             tokens = torch.tensor(float(self._tokens), device=sums.device, dtype=torch.float64)
             if self.accelerator.num_processes > 1:
@@ -236,8 +244,9 @@ class DistillTrainer(Trainer):
             logs.update(as_metrics(sums))
             logs.update(source_metrics(sums[len(SUM_NAMES) :], self.sources))
             logs["loss_agreement"] = logs["loss"] - logs["loss_ce"] - logs["loss_kd"]
-            elapsed = time.monotonic() - self._since
-            logs["tokens_per_second"] = float(tokens) / elapsed if elapsed > 0 else 0.0
+            elapsed = max(time.monotonic() - self._since, 1e-9)
+            logs["tokens_per_second"] = float(tokens) / elapsed
+            logs["data_wait_share"] = self._feed.seconds_waited / elapsed
             if torch.cuda.is_available():
                 logs["gpu_memory_peak_bytes"] = float(torch.cuda.max_memory_allocated())
             self._reset_sums()
@@ -251,35 +260,49 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Held-out metrics on the eval store, with the averaged weights if there are any."""
+        """Held-out metrics, with the averaged weights if there are any."""
         if self.eval_reader is None:
-            raise UsageError("evaluate: no eval_store was given", "give one with --eval-store")
-        model = self._core
-        was_training, with_loss = model.training, model.forward
-        model.eval()
-        model.forward = self._plain_forward
-        attach_loss(model, evaluation_spec(self.spec), self.args.loss_chunk)
-        sources = reported_sources(self.eval_reader)
+            raise UsageError(
+                "evaluate: no held-out rows were given", "give --eval-store, or set eval_rows"
+            )
+        self.finite.wait()
+        started = time.monotonic()
+        assert self.model is not None
+        was_training, with_loss = self._core.training, self._core.forward
+        self.model.eval()
+        self._core.forward = self._plain_forward
+        attach_loss(self._core, evaluation_spec(self.spec), self.args.loss_chunk, self._dense)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        loader = DataLoader(
-            _RowNumbers(len(self.eval_reader)),
-            batch_size=self.args.per_device_eval_batch_size,
-            sampler=list(range(rank, len(self.eval_reader), world)),
-            collate_fn=_Collator(self.eval_reader, 1.0, len(sources)),
-            num_workers=self.args.dataloader_num_workers,
+        rows = share_of(
+            len(self.eval_reader) - self._eval_start,
+            self.args.per_device_eval_batch_size,
+            rank,
+            world,
+        )
+        rows = [[row + self._eval_start for row in batch] for batch in rows]
+        reader = self.eval_reader
+        sources = reported_sources(reader)
+        feed = Feed(
+            reader,
+            1.0,
+            self.args.device,
+            self.args.dataloader_num_workers,
+            lambda batch: source_inputs(reader, batch, len(sources)),
         )
         try:
             with self.averaged_weights(), self.accelerator.autocast():
-                sums = summed(model, loader, self.args.device, len(sources))
+                # Not the core model alone: what FSDP keeps in shards is put together for a call of
+                # the module that it wrapped.
+                sums = summed(self.model, feed.inputs(rows), self.args.device, len(sources))
         finally:
-            model.forward = with_loss
-            model.train(was_training)
+            self._core.forward = with_loss
+            self.model.train(was_training)
         if world > 1:
             sums = self.accelerator.reduce(sums, "sum")
         found = held_out_metrics(sums) | source_metrics(sums[len(SUM_NAMES) :], sources)
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
         self.log(metrics)
-        self._since = time.monotonic()
+        self._since += time.monotonic() - started  # of no step
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
@@ -291,39 +314,64 @@ class DistillTrainer(Trainer):
         with self.average.swapped() if self.average else contextlib.nullcontext():
             yield
 
-    # ---- averaged weights in checkpoints ----
+    # ---- checkpoints: state.py and checkpoint.py instead of the Trainer's pickles ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.finite.wait()
+        self.store_flos()
         folder = Path(self._get_output_dir(trial=trial))
-        folder = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.average is not None and self.args.should_save:
-            # Before the Trainer's own files: trainer_state.json, written last, makes a checkpoint
-            # whole.
-            folder.mkdir(parents=True, exist_ok=True)
-            self.average.save(folder)
-        super()._save_checkpoint(model, trial)
+        if self.state.best_global_step:
+            best = folder / f"checkpoint-{self.state.best_global_step}"
+            if best.is_dir() or self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(best)
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states: Any = self.state.stateful_callbacks
+                states[type(callback).__name__] = callback.state()
+        files = checkpoint_files(self)
+
+        def write() -> str:
+            path = write_checkpoint(folder, self.state.global_step, files)
+            kept = self.state.best_model_checkpoint
+            rotate(folder, self.args.save_total_limit, None if kept is None else Path(kept))
+            return str(path)
+
+        path = agreed(self.args, write)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._resume_from = Path(resume_from_checkpoint)
-        with _reading(self._resume_from):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._saved = SavedState(Path(resume_from_checkpoint))
+        self._saved.check_identity(self.identity())
+        self._saved.load_weights(self._core)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if self._saved is not None:
+            self._saved.load_optimizer(self.optimizer, self.lr_scheduler)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self._saved is not None:
+            self._saved.load_scaler(self.accelerator.scaler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
-            super()._load_rng_state(checkpoint)
+        if self._saved is not None:
+            self._saved.load_random_state(self.args.process_index)
+            self._saved = None  # the last of it
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        best = SavedState(Path(self.state.best_model_checkpoint))
+        best.load_weights(self._core)
+        if self.average is not None:
+            best.load_average(self.average)
 
     def start_average(self) -> None:
         """Begin averaging at the weights as they are, or where a checkpoint left off."""
         if self.args.ema_decay == 0:
             return
         self.average = WeightAverage(self._core, self.args.ema_decay)
-        if self._resume_from is not None:
-            with _reading(self._resume_from):
-                self.average.load(self._resume_from)
+        if self._saved is not None:
+            self._saved.load_average(self.average)
 
 
 class _Hooks(TrainerCallback):
@@ -336,32 +384,20 @@ class _Hooks(TrainerCallback):
         self.trainer.start_average()
         self.trainer._reset_sums()
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.set_epoch(state.global_step)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.check_gradients()
+        self.trainer.check_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.average is not None:
             self.trainer.average.update()
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.finite.wait()
+        self.trainer.close_feed()
+
 
 def _opened(store: StoreReader | str | Path) -> StoreReader:
     return open_store(store) if isinstance(store, (str, Path)) else store
-
-
-@contextlib.contextmanager
-def _reading(checkpoint: Path | str | None) -> Iterator[None]:
-    """Turn whatever a damaged checkpoint raises into a StoreError."""
-    try:
-        yield
-    except Exception as error:  # safetensors, pickle, torch and json raise many kinds
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreError(
-            f"{checkpoint}: the checkpoint cannot be read: {first}",
-            "delete it: the same command then continues from the one before it, or from the start",
-        ) from error
-
-
-def _core_model(model: Any) -> Any:
-    """The transformers model inside adapters."""
-    get_base = getattr(model, "get_base_model", None)
-    return get_base() if get_base is not None else model

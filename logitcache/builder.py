@@ -71,11 +71,23 @@ def build(
     config = config or build_config(settings)
     check_out(config, fresh)
     planned = plan(config, stop)
+    if config.tp_plan is not None:
+        from . import several
+
+        several.join(config)
+        stop = several.all_stop(stop)
+        if not several.is_first():
+            store = Store(config.out, planned.manifest, planned.teachers)
+            _run_teachers(config, planned, store, several.told(None), None, stop)
+            several.wait_for_all()
+            return load(config.out)
     make_durable_folder(lock_folder(config.out))
     with locked(config):
         if fresh:
             clear(config.out)
         build_planned(config, planned, report, stop)
+    if config.tp_plan is not None:
+        several.wait_for_all()
     return load(config.out)
 
 
@@ -102,16 +114,36 @@ def _build_planned(
     with lock(create_lock, wait=True):  # workers that start at once
         store = _open_or_create(config.out, planned)
     work = _work(store, planned, config)
+    if config.tp_plan is not None:
+        from . import several
+
+        several.told(work)
+    for shard in work["rows"]:
+        write_rows(store, planned.rows, shard)
+    _run_teachers(config, planned, store, work, report, stop)
+    if any(work.values()) or not record_path(config.out).exists():
+        # Workers that end at once write it in turn.
+        with lock(create_lock, wait=True):
+            _write_record(config, time.monotonic() - started)
+
+
+def _run_teachers(
+    config: BuildConfig,
+    planned: Plan,
+    store: Store,
+    work: Mapping[str, list[int]],
+    report: Report | None,
+    stop: Callable[[], bool],
+) -> None:
+    """Run each teacher over its shards; with tp_plan in every process, and the first writes."""
     for part, shards in work.items():
-        if part == "rows":
-            for shard in shards:
-                write_rows(store, planned.rows, shard)
+        if part == "rows" or not shards:
             continue
-        if not shards:
-            continue
+        from .several import is_first
         from .teacher import TeacherRun
 
-        run = TeacherRun(planned.folders[part], part, store, planned.rows, config, report)
+        writes = config.tp_plan is None or is_first()
+        run = TeacherRun(planned.folders[part], part, store, planned.rows, config, report, writes)
         done = run.shards(shards, stop)
         if done < len(shards):
             raise Interrupted(
@@ -120,10 +152,6 @@ def _build_planned(
                 "run the same command again to continue",
             )
         run.close()
-    if any(work.values()) or not record_path(config.out).exists():
-        # Workers that end at once write it in turn.
-        with lock(create_lock, wait=True):
-            _write_record(config, time.monotonic() - started)
 
 
 def _progress(path: Path) -> str:

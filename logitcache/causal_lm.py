@@ -7,13 +7,16 @@ logits, is checked on the model itself before anything is built on it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import masking_utils
 
 from logitcache_kernels import head_logits
 
@@ -29,6 +32,7 @@ class Head:
     bias_V: torch.Tensor | None
     softcap: float | None
     scale: float
+    module: Any = None  # the layer itself, where only a call of it puts its shards together
 
     @staticmethod
     def of(model: Any) -> Head:
@@ -40,9 +44,16 @@ class Head:
         if divisor:
             scale /= float(divisor)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(linear.weight, getattr(linear, "bias", None), softcap, scale)
+        module = linear if hasattr(linear.weight, "full_tensor") else None
+        return Head(linear.weight, getattr(linear, "bias", None), softcap, scale, module)
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        if self.module is not None:
+            logits_RV = self.scale * self.module(hidden_RD)
+            if self.softcap is not None:
+                logits_RV = self.softcap * torch.tanh(logits_RV / self.softcap)
+            return logits_RV
+        hidden_RD = hidden_RD.to(self.weight_VD.device)  # of another GPU, with device_map
         return head_logits(hidden_RD, self.weight_VD, self.bias_V, self.softcap, self.scale)
 
 
@@ -113,9 +124,11 @@ def check_fits(folder: Path, name: str, vocab_size: int, seq_len: int) -> None:
         )
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
+def load_causal_lm(
+    folder: Path, dtype: torch.dtype | str, device: torch.device, **options: Any
+) -> Any:
     """Load a model for inference from a local folder; pickled weights and remote code are never
-    run."""
+    run. options: of from_pretrained; those of ``several`` decide on devices instead of device."""
     from transformers import AutoModelForCausalLM
 
     check_model_folder(folder)
@@ -126,11 +139,14 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str, device: torch.device)
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            **options,
         )
     except Exception as error:  # transformers and safetensors raise many kinds for a bad folder
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(f"{folder}: the model cannot be loaded: {first}") from error
-    return model.to(device).eval()  # type: ignore[arg-type]
+    if not options.keys() & {"device_map", "distributed_config"}:
+        model = model.to(device)  # type: ignore[arg-type]
+    return model.eval()
 
 
 def model_identity(folder: Path) -> dict[str, Any]:
@@ -146,48 +162,91 @@ def model_identity(folder: Path) -> dict[str, Any]:
 
 
 def hidden_states(
-    model: Any, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, **kwargs: Any
+    model: Any,
+    tokens_BL: torch.Tensor,
+    positions_BL: torch.Tensor,
+    packed: bool | None = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
-    """Last hidden states [B, L, D]; attention stays within segments, which positions tell apart."""
-    output = model.get_decoder()(
-        input_ids=tokens_BL, position_ids=positions_BL, use_cache=False, **kwargs
-    )
+    """Last hidden states [B, L, D]; attention stays within segments, which positions tell apart.
+
+    packed: whether any row has several, where the caller knows. transformers would ask the
+    positions, and the host wait for the GPU, at every call.
+    """
+    with contextlib.nullcontext() if packed is None else _known_packing(packed):
+        output = model.get_decoder()(
+            input_ids=tokens_BL, position_ids=positions_BL, use_cache=False, **kwargs
+        )
     return output.last_hidden_state
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def _known_packing(packed: bool) -> Iterator[None]:
+    """Answer transformers' question without looking at the device. It has no argument for that, so
+    the function that asks is replaced; one that has gone by another name stays as it is."""
+    before = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if before is None:
+        yield
+        return
+
+    def segments(position_ids: torch.Tensor) -> torch.Tensor | None:
+        first = position_ids[:, :1] - 1
+        return (position_ids.diff(prepend=first) != 1).cumsum(-1) if packed else None
+
+    masking_utils.find_packed_sequence_indices = segments
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
+
+
 def check_model(model: Any, folder: Path) -> None:
     """Prove on a small input that decoder and head give the model's logits and that segments do not
     leak."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    vocab_size = Head.of(model).weight_VD.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    # Two rows with other boundaries: some attention implementations pack batches of one row only.
-    tokens = torch.randint(0, vocab_size, (2, 24), generator=generator).to(device)
-    ends = (10, 17)
-    positions = torch.stack([torch.cat((torch.arange(n), torch.arange(24 - n))) for n in ends])
-    hidden = hidden_states(model, tokens, positions.to(device))
-    packed = [Head.of(model).logits(row).float() for row in hidden]
-    apart = [
-        [model(input_ids=part[None], use_cache=False).logits[0].float() for part in (t[:n], t[n:])]
-        for t, n in zip(tokens, ends, strict=True)
-    ]
-    model.train(was_training)
-    # Low precision blurs logits by its epsilon times their size; a leak or a wrong head is far
-    # above.
-    low = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
-    tolerance = (0.1 if low else 1e-3) * float(apart[0][0].std().clamp_min(1e-3))
-    if (packed[0][: ends[0]] - apart[0][0]).abs().mean() > tolerance:
+    if not fits_decoder_and_head(model, folder):
         raise UsageError(
             f"{folder}: {type(model).__name__}: decoder and output head do not give "
             "the model's logits",
             "this architecture is not supported yet",
         )
+
+
+@torch.no_grad()
+def fits_decoder_and_head(model: Any, folder: Path) -> bool:
+    """Whether decoder and head give the model's logits, tried on a small input. UsageError if its
+    segments leak, by that way or by the model's own forward where the answer is no."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    # Two rows with other boundaries: some attention implementations pack batches of one row only.
+    tokens = torch.randint(0, vocab_size, (2, 24), generator=generator).to(device)
+    ends = (10, 17)
+    positions = torch.stack([torch.cat((torch.arange(n), torch.arange(24 - n))) for n in ends])
+    positions = positions.to(device)
+    apart = [
+        [model(input_ids=part[None], use_cache=False).logits[0].float() for part in (t[:n], t[n:])]
+        for t, n in zip(tokens, ends, strict=True)
+    ]
+    # Low precision blurs logits by its epsilon times their size; a leak or a wrong head is far
+    # above.
+    low = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    tolerance = (0.1 if low else 1e-3) * float(apart[0][0].std().clamp_min(1e-3))
+    try:
+        hidden = hidden_states(model, tokens, positions)
+        packed = [Head.of(model).logits(row).float() for row in hidden]
+        fits = bool((packed[0][: ends[0]] - apart[0][0]).abs().mean() <= tolerance)
+    except (AttributeError, TypeError, RuntimeError):  # no such parts, or of other shapes
+        fits = False
+    if not fits:
+        whole = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        packed = [row.float() for row in whole]
+    model.train(was_training)
     rows = zip(packed, apart, ends, strict=True)
     if any((row[n:] - parts[1]).abs().mean() > tolerance for row, parts, n in rows):
         raise UsageError(
             f"{folder}: {type(model).__name__}: attention leaks between packed documents",
             "this architecture or attention implementation cannot read packed rows",
         )
+    return fits

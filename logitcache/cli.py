@@ -46,6 +46,8 @@ def cli() -> None:
 @click.option("--precision", type=click.Choice(["standard", "high"]), help="Of kept probabilities.")
 @click.option("--seq-len", type=int, help="Tokens in a row.  [default: 2048]")
 @click.option("--shard", metavar="I/N", help="Build this worker's share; torchrun sets it.")
+@click.option("--device-map", metavar="auto", help="Spread a teacher over all GPUs.")
+@click.option("--tp-plan", metavar="auto", help="Shard a teacher over torchrun's processes.")
 @click.option("--on-nonfinite", type=click.Choice(["fail", "skip"]), help="NaN from a teacher.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take; write nothing.")
 @click.option("--fresh", is_flag=True, help="Delete a store that is there and build anew.")
@@ -67,9 +69,16 @@ def build(
     from .config import build_config, read_settings, torchrun_share
 
     given = read_settings(config, assignments, flags)
-    settings = build_config({"shard": torchrun_share(), **given})
-    with stop_on_signal() as stop:
-        _build(options, settings, dry_run, fresh, stop)
+    share = None if given.get("tp_plan") else torchrun_share()
+    settings = build_config({"shard": share, **given})
+    try:
+        with stop_on_signal() as stop:
+            _build(options, settings, dry_run, fresh, stop)
+    finally:
+        if settings.tp_plan is not None:
+            from .several import leave_group
+
+            leave_group()
 
 
 def _build(

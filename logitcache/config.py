@@ -125,6 +125,12 @@ class BuildConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of a teacher's weights: bfloat16 on a GPU, float32 on a CPU"
     )
+    device_map: Literal["auto"] | None = Field(
+        None, description="auto: a teacher's layers over all GPUs of one process"
+    )
+    tp_plan: Literal["auto"] | None = Field(
+        None, description="auto: a teacher's layers in shards over all processes of torchrun"
+    )
     batch_tokens: int | None = Field(None, ge=1, description="tokens in a teacher's forward pass")
     shard: str | None = Field(
         None, pattern=r"^\d+/[1-9]\d*$", description="I/N: this worker's share"
@@ -155,6 +161,19 @@ class BuildConfig(BaseModel):
                     "sampled supports hold at most 256 entries: expected min_prob >= 0.0046 and "
                     f"threshold >= 0.0115, found {self.min_prob:g} and {self.threshold:g}"
                 )
+        if self.device_map is not None and self.tp_plan is not None:
+            raise ValueError("device_map, tp_plan: expected one of them, found both")
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.device_map is not None and (self.device != "auto" or world > 1):
+            raise ValueError(
+                "device_map: takes all GPUs in one process; expected device auto and no torchrun, "
+                f"found device {self.device} and {world} processes"
+            )
+        if self.tp_plan is not None and (self.shard is not None or world < 2):
+            raise ValueError(
+                "tp_plan: one teacher over all processes; expected torchrun with two or more and "
+                f"no shard, found {world} and shard {self.shard}"
+            )
         if self.shard is not None:
             index, count = self.worker
             if index >= count:

@@ -57,6 +57,16 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def _sync(descriptor: int, path: Path) -> None:
+    failpoint("sync file", path)
+    os.fsync(descriptor)
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        _sync(file.fileno(), path)
+
+
 def _write(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Write a file and make what is in it survive a power loss (its name: fsync_path)."""
     failpoint("write", path)
@@ -64,8 +74,7 @@ def _write(path: Path, content: bytes | Iterable[bytes]) -> None:
         with open(path, "wb") as file:
             file.writelines((content,) if isinstance(content, bytes) else content)
             file.flush()
-            failpoint("sync file", path)
-            os.fsync(file.fileno())
+            _sync(file.fileno(), path)
     except BaseException:  # a full disk, or no more parts: half a file is of no use
         with contextlib.suppress(OSError):
             path.unlink()
@@ -198,6 +207,27 @@ def publish_folder(temporary: Path, path: Path) -> None:
     whole or not at all. What it holds must be on disk already."""
     _rename(temporary, path)
     fsync_path(path.parent)
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Give files that a library wrote into a folder their names in another one of the same file
+    system, over those that are there: each is whole or as it was. The source folder is gone then.
+    """
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            _sync_file(path)
+    _move(source, target)
+    delete(source)
+
+
+def _move(source: Path, target: Path) -> None:
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            make_folder(target / path.name)
+            _move(path, target / path.name)
+        else:
+            _rename(path, target / path.name)
+    fsync_path(target)
 
 
 def to_json(value: Any) -> str:

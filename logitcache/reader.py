@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from .shards import ShardFile
 from .sources import source_numbers
 from .store import Store, load_tokenizer_content
 from .support import Support, decode_row
+
+Key = TypeVar("Key")
+Made = TypeVar("Made")
 
 _OPEN_SHARDS = 64  # of a part each, with up to five files
 
@@ -125,22 +128,7 @@ class StoreReader:
         At most ``ahead + workers`` batches wait or are being made; what a batch holds does not
         depend on workers.
         """
-        if workers < 1:
-            yield from (self[index] for index in rows)
-            return
-        waiting: deque[Future[TeacherBatch]] = deque()
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="store-reader")
-        try:
-            for index in rows:
-                waiting.append(pool.submit(self.__getitem__, index))
-                if len(waiting) >= ahead + workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # also when the consumer stops early
-            for future in waiting:
-                future.cancel()
-            pool.shutdown(wait=True)
+        return read_ahead(self.__getitem__, rows, workers, ahead)
 
     def read_rows(self, index: np.ndarray) -> Rows:
         """The rows alone, without teachers."""
@@ -206,6 +194,29 @@ class StoreReader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["store"])  # type: ignore[misc]
+
+
+def read_ahead(
+    make: Callable[[Key], Made], keys: Iterable[Key], workers: int, ahead: int = 2
+) -> Iterator[Made]:
+    """What ``make`` gives for each key, in order, made by threads beforehand; see
+    StoreReader.batches. Without workers it is made when asked for."""
+    if workers < 1:
+        yield from (make(key) for key in keys)
+        return
+    waiting: deque[Future[Made]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="store-reader")
+    try:
+        for key in keys:
+            waiting.append(pool.submit(make, key))
+            if len(waiting) >= ahead + workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # also when the consumer stops early
+        for future in waiting:
+            future.cancel()
+        pool.shutdown(wait=True)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from .causal_lm import (
 from .config import BuildConfig
 from .errors import NonFiniteError, StoreError, UsageError
 from .packing import Rows
+from .several import loading_options, refuse_offloaded
 from .store import Store
 from .support import Support, support_of
 from .writing import write_teacher
@@ -102,7 +103,9 @@ class TeacherRun:
         rows: Rows,
         config: BuildConfig,
         report: Callable[[str, int, int, int, int], None] | None,
+        writes: bool = True,
     ):
+        self.writes = writes  # else it computes its shards of the layers for one that does
         self.folder, self.name, self.store = folder, name, store
         self.rows, self.config = rows, config
         self.report = report or (lambda *_: None)
@@ -110,8 +113,13 @@ class TeacherRun:
         if self.device.index is not None and self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # kernels are launched on the current one
         dtype = choose_dtype(config.dtype, self.device)
-        self.model = load_causal_lm(folder, dtype, self.device)
+        several = loading_options(config)
+        self.model = load_causal_lm(folder, dtype, self.device, **several)
+        refuse_offloaded(self.model, folder)
         self.head = Head.of(self.model)
+        self._first_device = self.model.get_input_embeddings().weight.device
+        if several and self.head.weight_VD.device.type != "meta":
+            self.device = self.head.weight_VD.device  # where logits are, and captured
         vocab_size, width = store.manifest["vocab_size"], self.head.weight_VD.shape[0]
         if width < vocab_size:
             raise StoreError(
@@ -144,8 +152,12 @@ class TeacherRun:
                 for batch in self.batches(*self.store.ranges[shard]):
                     if stopped():
                         return number
+                    if not self.writes:
+                        self.forward(batch)
+                        continue
                     behind.do(self._fetch, self.forward(batch, self._capture), made, shard)
-                behind.do(self._commit, shard, made)
+                if self.writes:
+                    behind.do(self._commit, shard, made)
         return len(shards)
 
     def supports(
@@ -184,11 +196,15 @@ class TeacherRun:
         """Run the teacher over a batch of rows, and ``use`` on the logits of each chunk of its
         labelled positions. Nothing here waits for the GPU."""
         length = max(int(self.lengths[batch[0]]), 1)
+        positions = self.positions[batch][:, :length]
         hidden_BLD = hidden_states(
             self.model,
-            self._on_device(self.rows.tokens[batch][:, :length].astype(np.int64)),
-            self._on_device(self.positions[batch][:, :length]),
-        )
+            self._on_device(self.rows.tokens[batch][:, :length].astype(np.int64)).to(
+                self._first_device
+            ),
+            self._on_device(positions).to(self._first_device),
+            packed=bool((np.diff(positions, axis=1) != 1).any()),
+        ).to(self.device)
         labels = self.labels[batch][:, :length]
         at_row, at_token = np.nonzero(labels != -100)
         hidden_PD = hidden_BLD.flatten(0, 1)[self._on_device(at_row * length + at_token)]

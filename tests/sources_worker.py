@@ -9,7 +9,7 @@ from pathlib import Path
 
 from test_sources import _trainer
 
-from distill.train import leave_group
+from logitcache.several import leave_group
 
 
 def one_of_two(rank: int, port: int, store: Path, student: Path, out: Path) -> None:

@@ -100,7 +100,7 @@ def test_what_the_child_says_is_what_the_averaged_weights_say(
     from logitcache.tokenise import load_tokenizer
 
     out = tmp_path / "out"
-    train(request(work, teacher1, out, False, max_steps=2, learning_rate=0.05))
+    train(request(work, teacher1, out, False, max_steps=2, learning_rate=0.01))
     said = {}
     for name in (".", "raw"):
         model = load_causal_lm(out / name, torch.float32, torch.device("cpu"))

@@ -220,12 +220,13 @@ def test_two_processes_log_the_loss_by_source_of_one(
 def test_one_source_adds_nothing_and_too_many_are_said_to_be_left_out(
     built, mixed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from distill.trainer import _Collator
+    from distill.source_loss import source_inputs
 
     one = open_store(built.path)
     assert reported_sources(one) == ()
-    assert "sources" not in _Collator(one, 1.0, 0)([0])
-    assert "sources" in _Collator(open_store(mixed / "store"), 1.0, 3)([0])
+    assert source_inputs(one, one[[0]], 0) == {}
+    several = open_store(mixed / "store")
+    assert "sources" in source_inputs(several, several[[0]], 3)
     many = open_store(mixed / "store")
     sources = [{"name": str(n), "documents": 1, "tokens": 1} for n in range(MOST_SOURCES + 1)]
     many.manifest = {**many.manifest, "sources": sources}

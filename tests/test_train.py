@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,15 +21,14 @@ from distill.cli import cli
 from distill.config import distill_config
 from distill.ema import WeightAverage
 from distill.student import attach_loss, to_inputs
-from distill.train import TrainRequest, last_checkpoint, train
+from distill.train import TrainRequest, train
 from logitcache import build, open_store
 from logitcache.causal_lm import load_causal_lm
-from logitcache.errors import Interrupted, NonFiniteError, StoreError, UsageError
+from logitcache.errors import NonFiniteError, StoreError, UsageError
 from logitcache.tokenise import load_tokenizer
 from logitcache_kernels import DistillSpec, SparseTeacher, distill_loss
 
 CPU = torch.device("cpu")
-WORKER = Path(__file__).with_name("ddp_worker.py")
 SETTINGS = {
     "use_cpu": True,
     "per_device_train_batch_size": 4,
@@ -197,49 +195,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(work: Path, tmp_path: P
         torch.testing.assert_close(recomputed[name], plain[name], rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_give_the_gradients_of_one(work: Path, tmp_path: Path) -> None:
-    single = _one_sgd_step(work, tmp_path / "one", per_device_train_batch_size=4)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(WORKER), str(work), str(tmp_path / "two")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    double = load_file(tmp_path / "two" / "weights.safetensors")
-    for name, weights in double.items():
-        torch.testing.assert_close(weights, single[name], rtol=1e-4, atol=1e-5, msg=name)
-    record = json.loads((tmp_path / "two" / "log.json").read_text(encoding="utf-8"))
-    alone = _trainer(work, tmp_path / "log", per_device_train_batch_size=4)
-    alone.train()
-    assert record["share_blended"] == alone.state.log_history[0]["share_blended"]
-    assert record["loss"] == pytest.approx(alone.state.log_history[0]["loss"], rel=1e-5)
-
-
-def test_stopped_run_continues_to_the_same_bytes(work: Path, tmp_path: Path) -> None:
-    train(_request(work, tmp_path / "whole"))
-    asked = []
-
-    def stop_after_two() -> bool:
-        asked.append(1)
-        return len(asked) >= 2
-
-    with pytest.raises(Interrupted, match="saved step 2 of 4"):
-        train(_request(work, tmp_path / "parts"), stop=stop_after_two)
-    # A checkpoint that was being written when the power went is not taken.
-    checkpoints = tmp_path / "parts" / "checkpoints"
-    torn = checkpoints / "checkpoint-3"
-    shutil.copytree(checkpoints / "checkpoint-2", torn)
-    state = torn / "trainer_state.json"
-    state.write_text(state.read_text(encoding="utf-8")[:100], encoding="utf-8")
-    assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
-    state.unlink()
-    assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-2"
-    record = train(_request(work, tmp_path / "parts"))
-    assert record["steps"] == 4
-    for part in ("", "raw"):
-        assert _same(_weights(tmp_path / "whole" / part), _weights(tmp_path / "parts" / part)), part
-    losses = [[entry["loss"] for entry in _steps(tmp_path / name)] for name in ("whole", "parts")]
-    assert losses[0] == losses[1]
-
-
 def test_finished_run_is_left_alone_and_another_run_is_refused(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train(_request(work, out, max_steps=1))
@@ -305,17 +260,6 @@ def test_run_killed_before_its_first_checkpoint_starts_again(work: Path, tmp_pat
     assert len(_steps(out)) == 1
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt"])
-def test_damaged_checkpoint_is_named(work: Path, tmp_path: Path, name: str) -> None:
-    request = _request(work, tmp_path / "out")
-    with pytest.raises(Interrupted):
-        train(request, stop=lambda: True)
-    damaged = tmp_path / "out" / "checkpoints" / "checkpoint-1" / name
-    damaged.write_bytes(damaged.read_bytes()[:-100])
-    with pytest.raises(StoreError, match="checkpoint-1: the checkpoint cannot be read"):
-        train(request)
-
-
 def test_settings_of_a_run_record_can_be_read_again(work: Path, tmp_path: Path) -> None:
     train(_request(work, tmp_path / "out", max_steps=1, gamma=0.25))
     record = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
@@ -334,37 +278,15 @@ def test_arguments_that_adapters_pass_on_as_none_are_allowed(work: Path) -> None
         model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
 
 
-def test_command_on_two_processes_is_one_run_with_one_result(work: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(WORKER), "train", "--store", str(work / "sampled"), "--json"]
-    command += ["--student", str(work / "one"), "--out", str(tmp_path / "out")]
-    command += ["--eval-store", str(work / "topk")]
-    settings = {**SETTINGS, "max_steps": 2, "per_device_train_batch_size": 2}
-    del settings["use_cpu"]  # chosen where there is no GPU
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert json.loads(run.stdout)["steps"] == 2
-    ends = [line for line in run.stderr.splitlines() if "threads at the end" in line]
-    assert len(ends) == 2, run.stderr[-3000:]
-    assert "gloo" not in "".join(ends), ends  # one that ends with the interpreter can abort it
-    train(_request(work, tmp_path / "single", max_steps=2))
-    for part in ("", "raw"):
-        single, double = _weights(tmp_path / "single" / part), _weights(tmp_path / "out" / part)
-        for name, weights in single.items():
-            torch.testing.assert_close(double[name], weights, rtol=1e-3, atol=1e-4)
-    losses = [[e["loss"] for e in _steps(tmp_path / name)] for name in ("single", "out")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
 def test_loss_that_is_not_finite_stops_before_the_step(work: Path, tmp_path: Path) -> None:
     trainer = _trainer(work, tmp_path)
     norm = trainer.model.model.norm.weight
     with torch.no_grad():
         norm[0] = torch.nan
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    with pytest.raises(NonFiniteError, match="step 1: loss is nan; no step was taken"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 1: loss is nan in row \d+, .*nothing of it was"
+    ):
         trainer.train()
     after = dict(trainer.model.named_parameters())
     assert all(torch.equal(before[n].nan_to_num(9), after[n].nan_to_num(9)) for n in before)
@@ -442,7 +364,7 @@ def test_average_of_bfloat16_weights_moves_as_in_float64() -> None:
         decay = min(0.999, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach().double()
         average.update()
-    error = (average.averaged.module.weight.double() - expected).norm() / expected.norm()
+    error = (average.weights["weight"].double() - expected).norm() / expected.norm()
     assert error < 1e-6
     raw = model.weight.detach().clone()
     with average.swapped():
@@ -477,8 +399,6 @@ def test_command_refuses_unknown_settings_and_missing_folders(work: Path, tmp_pa
 
 
 def test_wrong_flags_give_one_json_document_too() -> None:
-    import subprocess
-    import sys
 
     command = [sys.executable, "-m", "distill", "train", "--json", "--nosuch"]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -1,0 +1,177 @@
+"""What benchmarks.train_step trains: students and teachers of given shapes, a store, and the losses
+that others would take."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from logitcache.causal_lm import Head, hidden_states
+
+from .store_build import ROOT, SPREAD, _write_text
+
+# hidden, intermediate, layers, heads, key-value heads, vocabulary; Qwen2's shapes, V of Qwen2.5.
+SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {
+    "135M": (576, 1536, 30, 9, 3, 49152),
+    "0.5B": (896, 4864, 24, 14, 2, 151936),
+    "1.5B": (1536, 8960, 28, 12, 2, 151936),
+    "0.4B teacher": (960, 2560, 32, 15, 5, 49152),
+    "4.6B teacher": (2560, 11008, 40, 20, 4, 151936),
+    "smoke": (16, 32, 2, 2, 1, 2048),
+    "smoke teacher": (32, 32, 2, 2, 1, 2048),
+}
+# About three times the student's weights.
+LARGE = {"135M": "0.4B teacher", "0.5B": "1.5B", "1.5B": "4.6B teacher", "smoke": "smoke teacher"}
+
+
+def make_model(shape: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:
+    """A model of random weights whose logits are as peaked as real ones."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[shape]
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(seed)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0.0, SPREAD / hidden**0.5)
+    return model
+
+
+def make_folders(work: Path, shape: str, source: Path | None, device: torch.device) -> list[Path]:
+    """Folders of two generations with a tokenizer of the whole vocabulary: a real model and a
+    disturbed copy, or both made. They are teachers 1 and 2; the first is the student too."""
+    from logitcache.causal_lm import load_causal_lm
+    from logitcache.tokenise import load_tokenizer
+
+    folders = [work / "one", work / "two"]
+    if all((folder / "config.json").exists() for folder in folders):
+        return folders
+    if source is None:
+        model = make_model(shape, torch.bfloat16, device)
+        tokenizer = load_tokenizer(ROOT / "distill" / "bundled" / "teacher1")
+        missing = model.config.vocab_size - len(tokenizer)
+        tokenizer.add_tokens([f"<unused{number}>" for number in range(missing)])
+    else:
+        model = load_causal_lm(source, torch.bfloat16, device)
+        tokenizer = load_tokenizer(source)
+    for number, folder in enumerate(folders):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if number and parameter.ndim > 1:
+                    parameter += 0.02 * parameter.std() * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folders
+
+
+def make_store(
+    work: Path, folders: list[Path], tokens: int, seq_len: int, device: torch.device
+) -> Path:
+    from logitcache import build
+
+    _write_text(folders[0], work / "data.jsonl", tokens)
+    build(
+        teacher1=folders[0],
+        teacher2=folders[1],
+        data=[work / "data.jsonl"],
+        seq_len=seq_len,
+        out=work / "store",
+        device=str(device),
+        fresh=True,
+    )
+    return work / "store"
+
+
+def cross_entropies(smoke: bool) -> dict[str, Callable[[Any, dict[str, Any]], torch.Tensor]]:
+    """CE-only fine-tuning by name: functions of a model and its inputs, whole batches averaged.
+    Those of packages that are not installed are left out."""
+
+    def parts(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Head]:
+        hidden_RD = hidden_states(
+            model, inputs["input_ids"], inputs["position_ids"], packed=inputs["packed"]
+        ).flatten(0, 1)
+        return hidden_RD, inputs["labels"].flatten(), Head.of(model)
+
+    def plain(
+        hidden_RD: torch.Tensor, weight_VD: torch.Tensor, labels_R: torch.Tensor
+    ) -> torch.Tensor:
+        return F.cross_entropy((hidden_RD @ weight_VD.T.to(hidden_RD.dtype)).float(), labels_R)
+
+    compiled = plain if smoke else torch.compile(plain)
+
+    def torch_ce(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        hidden_RD, labels_R, head = parts(model, inputs)
+        return compiled(hidden_RD, head.weight_VD, labels_R)
+
+    found: dict[str, Callable[[Any, dict[str, Any]], torch.Tensor]] = {"ce torch compile": torch_ce}
+    if importlib.util.find_spec("liger_kernel") is not None:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        fused = LigerFusedLinearCrossEntropyLoss()
+
+        def liger(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+            hidden_RD, labels_R, head = parts(model, inputs)
+            return fused(head.weight_VD.to(hidden_RD.dtype), hidden_RD, labels_R)
+
+        found["ce liger"] = liger
+    if importlib.util.find_spec("cut_cross_entropy") is not None:
+        from cut_cross_entropy import linear_cross_entropy
+
+        def apple(impl: str) -> Callable[[Any, dict[str, Any]], torch.Tensor]:
+            def loss(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+                hidden_RD, labels_R, head = parts(model, inputs)
+                weight_VD = head.weight_VD.to(hidden_RD.dtype)
+                return linear_cross_entropy(hidden_RD, weight_VD, labels_R, impl=impl)
+
+            return loss
+
+        found |= {"ce apple cce": apple("cce"), "ce apple compile": apple("torch_compile")}
+    return found
+
+
+def online_loss(
+    logits_RV: torch.Tensor,
+    first_RV: torch.Tensor,
+    second_RV: torch.Tensor,
+    labels_R: torch.Tensor,
+    spec: Any,
+) -> torch.Tensor:
+    """The gated two-teacher loss with forward KL, top-1 confidence and every label gold, from whole
+    logits of the teachers: what a run without a store computes. Averaged over valid positions."""
+    p1_RV, p2_RV = first_RV.float().softmax(-1), second_RV.float().softmax(-1)
+    mean_RV = (p1_RV + p2_RV) / 2
+
+    def bits(p_RV: torch.Tensor) -> torch.Tensor:
+        return (torch.special.xlogy(p_RV, p_RV) - torch.special.xlogy(p_RV, mean_RV)).sum(-1)
+
+    js_R = (bits(p1_RV) + bits(p2_RV)) / (2 * 0.6931471805599453)
+    top1_R, top2_R = p1_RV.amax(-1), p2_RV.amax(-1)
+    blended_R = js_R < spec.js_threshold
+    gold_R = ~blended_R & (top1_R <= spec.confidence_threshold)
+    share_R = torch.where(blended_R, top1_R / (top1_R + top2_R), torch.ones_like(top1_R))
+    heat = spec.temperature
+    target_RV = share_R[:, None] * (first_RV.float() / heat).softmax(-1)
+    target_RV += (1 - share_R[:, None]) * (second_RV.float() / heat).softmax(-1)
+    logp_RV = (logits_RV.float() / heat).log_softmax(-1)
+    cross_R = (torch.special.xlogy(target_RV, target_RV) - target_RV * logp_RV).sum(-1)
+    ce_R = F.cross_entropy(logits_RV.float(), labels_R, reduction="none")
+    kd_R = torch.where(gold_R, ce_R, heat**2 * cross_R)
+    weight_R = torch.where(gold_R, spec.gold_weight, 1.0) * (labels_R != -100)
+    total = (weight_R * (spec.alpha * ce_R + spec.beta * kd_R)).sum()
+    return total / (labels_R != -100).sum().clamp_min(1)

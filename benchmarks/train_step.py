@@ -1,0 +1,339 @@
+"""The step of a student: ``python -m benchmarks.train_step --json FILE [--students 0.5B 135M]``.
+
+The same student, data, batch and optimizer (fp32 weights, bf16 autocast, clipping, fused AdamW)
+with our loss from a store, with cross entropy alone by whoever is fastest there, and with two
+teachers in memory: times in turn, a block of steps each, and peak memory. Then what DistillTrainer
+adds to a bare loop of the same operations, and how long it waits for data. Under torchrun: tokens/s
+of DistillTrainer on all processes. --smoke: tiny shapes, on a CPU too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# name: numerator, denominator, must, aim, whether less is better
+TARGETS: dict[str, tuple[float, float, str]] = {
+    "step over CE by Liger": (0.85, 0.72, "<="),
+    "step over the fastest CE": (1.05, 1.00, "<="),
+    "online, teachers of its size, over ours": (1.5, 2.0, ">="),
+    "online, teachers three times its size, over ours": (2.2, 3.0, ">="),
+    "peak memory over CE by Liger": (1.06, 1.00, "<="),
+    "peak memory over online": (0.55, 0.45, "<="),
+    "share of the step waiting for data": (0.01, 0.0, "<="),
+    "DistillTrainer over a bare loop": (1.03, 1.01, "<="),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, and give the exit code: 6 where a GPU is missing."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
+    parser.add_argument("--students", nargs="+", default=["0.5B", "135M", "1.5B"])
+    parser.add_argument("--smollm", type=Path, help="folder of SmolLM2-135M, for 135M")
+    parser.add_argument("--rows", type=int, default=8, help="rows in a batch")
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--blocks", type=int, default=7, help="timed blocks of each")
+    parser.add_argument("--steps", type=int, default=4, help="steps in a block")
+    parser.add_argument("--work", type=Path, default=Path("build") / "benchmark-train")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, any device")
+    options = parser.parse_args(argv)
+    import torch
+
+    if not torch.cuda.is_available() and not options.smoke:
+        print("no CUDA GPU here: this benchmark needs one (--smoke to try it)", file=sys.stderr)
+        return 6
+    if options.smoke:
+        options.students, options.rows, options.seq_len = ["smoke"], 2, 32
+        options.blocks, options.steps = 1, 1
+    from .common import machine
+
+    document: dict[str, Any] = {"machine": machine(), "smoke": options.smoke, "students": {}}
+    for student in options.students:
+        try:
+            figures = Measurement(options, student).run()
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        document["students"][student] = figures
+    if os.environ.get("RANK", "0") == "0":
+        if options.json is not None:
+            options.json.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+        print(table(document))
+    return 0
+
+
+def table(document: dict[str, Any]) -> str:
+    """Markdown, from the figures alone."""
+    lines = ["| what | must | aim |" + "".join(f" {name} |" for name in document["students"])]
+    lines.append("|---" * (3 + len(document["students"])) + "|")
+    for what, (must, aim, sign) in TARGETS.items():
+        values = [part.get("ratios", {}).get(what) for part in document["students"].values()]
+        cells = "".join(" not measured |" if v is None else f" {v:.3f} |" for v in values)
+        lines.append(f"| {what} | {sign} {must:g} | {sign} {aim:g} |{cells}")
+    for name, part in document["students"].items():
+        if "tokens_per_second" in part:
+            rate = part["tokens_per_second"]
+            lines.append(f"{name}: {rate:,.0f} tokens/s on {part['processes']} processes")
+    return "\n".join(lines)
+
+
+class Measurement:
+    """All figures of one student."""
+
+    def __init__(self, options: argparse.Namespace, student: str):
+        import torch
+
+        from .train_models import make_folders, make_store
+
+        self.options, self.student = options, student
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        self.on_gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", local) if self.on_gpu else torch.device("cpu")
+        if self.on_gpu:
+            torch.cuda.set_device(self.device)
+        work = options.work / student
+        source = options.smollm if student == "135M" else None
+        if local == 0:
+            work.mkdir(parents=True, exist_ok=True)
+            self.folders = make_folders(work, student, source, self.device)
+            tokens = options.rows * options.seq_len * (options.steps + 1) * 8
+            make_store(work, self.folders, tokens, options.seq_len, self.device)
+        made = work / f"made-{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}"
+        if local == 0:
+            made.touch()
+        while not made.exists():  # the first process of this host makes them
+            time.sleep(1.0)
+        self.folders, self.store = [work / "one", work / "two"], work / "store"
+
+    def run(self) -> dict[str, Any]:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            return self.with_trainer(with_bare_loop=False)
+        found = self.losses()
+        found["ratios"] |= (trainer := self.with_trainer())["ratios"]
+        return {**found, "trainer": {k: v for k, v in trainer.items() if k != "ratios"}}
+
+    # ---- our loss, cross entropy, teachers in memory ----
+
+    def losses(self) -> dict[str, Any]:
+        import torch
+
+        from distill.data import Feed
+        from distill.student import attach_loss
+        from logitcache import open_store
+        from logitcache.causal_lm import load_causal_lm
+        from logitcache_kernels import DistillSpec
+
+        from .train_models import LARGE, cross_entropies, make_model, online_loss
+
+        spec = DistillSpec(temperature=2.0)
+        model = load_causal_lm(self.folders[0], torch.float32, self.device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        feed = Feed(open_store(self.store), spec.temperature, self.device, 0)
+        inputs = next(feed.inputs([list(range(self.options.rows))]))
+        inputs.pop("rows")
+        num_items = torch.full((), float(inputs.pop("num_valid")), device=self.device)
+        attach_loss(model, spec)
+        calls: dict[str, Callable[[], Any]] = {
+            "ours": lambda: model(**inputs, num_items=num_items)["loss"]
+        }
+        for name, loss in cross_entropies(self.options.smoke).items():
+            calls[name] = lambda loss=loss: loss(model, inputs)
+        timings = self.timed(calls, model, optimizer)
+        dense = online_loss if self.options.smoke else torch.compile(online_loss)
+        for name, shape in (("same size", self.student), ("three times", LARGE[self.student])):
+            with contextlib.suppress(torch.OutOfMemoryError):  # not measured then
+                teachers = [make_model(shape, torch.bfloat16, self.device, n) for n in (1, 2)]
+
+                def online(teachers: list[Any] = teachers) -> Any:
+                    at = {key: inputs[key] for key in ("input_ids", "position_ids")}
+                    with torch.no_grad():
+                        given = [t(**at, use_cache=False).logits.flatten(0, 1) for t in teachers]
+                    logits_RV = model(**at, use_cache=False).logits.flatten(0, 1)
+                    return dense(logits_RV, *given, inputs["labels"].flatten(), spec)
+
+                found = self.timed({"ours": calls["ours"], "online": online}, model, optimizer)
+                timings[f"online {name}"] = found["online"]
+                timings[f"ours beside online {name}"] = found["ours"]
+            teachers = []
+            online = None  # type: ignore[assignment]
+            if self.on_gpu:
+                torch.cuda.empty_cache()
+        return {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tokens_in_a_step": self.options.rows * self.options.seq_len,
+            "entries_in_a_batch": [t["ids_RK"].shape[1] for t in inputs["teachers"]],
+            "timings": timings,
+            "ratios": ratios(timings),
+        }
+
+    def timed(
+        self, calls: dict[str, Callable[[], Any]], model: Any, optimizer: Any
+    ) -> dict[str, dict[str, float]]:
+        """Milliseconds of a step and peak bytes of each, blocks in turn."""
+        import torch
+
+        def block(call: Callable[[], Any], steps: int) -> float:
+            self.wait()
+            started = time.perf_counter()
+            for _ in range(steps):
+                with torch.autocast(self.device.type, torch.bfloat16):
+                    loss = call()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            self.wait()
+            return (time.perf_counter() - started) / steps * 1e3
+
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        peaks: dict[str, float] = {}
+        for name, call in calls.items():
+            block(call, 2)  # compilations
+            if self.on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+                block(call, 1)
+                peaks[name] = float(torch.cuda.max_memory_allocated())
+        for _ in range(self.options.blocks):
+            for name, call in calls.items():
+                times[name].append(block(call, self.options.steps))
+        return {name: _summary(times[name]) | {"peak": peaks.get(name, 0.0)} for name in calls}
+
+    def wait(self) -> None:
+        import torch
+
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    # ---- DistillTrainer ----
+
+    def with_trainer(self, with_bare_loop: bool = True) -> dict[str, Any]:
+        """Seconds of a step of DistillTrainer and of a loop of the same operations, in turn."""
+        from logitcache.several import leave_group
+
+        steps = self.options.steps * 6
+        found: dict[str, list[float]] = {"trainer": [], "bare": []}
+        waited = 0.0
+        for _ in range(max(self.options.blocks // 2, 1)):
+            seconds, waited, processes = self._trainer(steps)
+            found["trainer"].append(seconds)
+            if with_bare_loop:
+                found["bare"].append(self._bare(steps))
+        seconds = statistics.median(found["trainer"])
+        document: dict[str, Any] = {
+            "seconds": found,
+            "processes": processes,
+            "tokens_per_second": self.options.rows * self.options.seq_len * processes / seconds,
+            "ratios": {"share of the step waiting for data": waited},
+        }
+        if with_bare_loop:
+            over = seconds / statistics.median(found["bare"])
+            document["ratios"]["DistillTrainer over a bare loop"] = over
+        else:
+            leave_group()
+        return document
+
+    def _make_trainer(self, steps: int) -> Any:
+        from distill.train import TrainRequest, make_trainer
+
+        settings = {
+            "per_device_train_batch_size": self.options.rows,
+            "max_steps": steps,
+            "num_train_epochs": 1000,
+            "save_strategy": "no",
+            "logging_steps": steps * 2,
+            "learning_rate": 1e-6,
+            "use_cpu": not self.on_gpu,
+        }
+        out = self.options.work / self.student / "run"
+        request = TrainRequest(self.store, self.folders[0], out, None, settings)
+        return make_trainer(request, request.config())
+
+    def _trainer(self, steps: int) -> tuple[float, float, int]:
+        from transformers import TrainerCallback
+
+        trainer = self._make_trainer(steps)
+        wait, marks = self.wait, []
+
+        class Clock(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.global_step in (steps // 2, steps):
+                    wait()
+                    marks.append((time.perf_counter(), trainer._feed.seconds_waited))
+
+        trainer.add_callback(Clock())
+        trainer.train()
+        seconds = marks[1][0] - marks[0][0]
+        count = steps - steps // 2
+        return seconds / count, (marks[1][1] - marks[0][1]) / seconds, trainer.args.world_size
+
+    def _bare(self, steps: int) -> float:
+        """The operations of a step of DistillTrainer, without it."""
+        import torch
+
+        trainer = self._make_trainer(steps)
+        model, feed, average = trainer._core.train(), trainer._feed, None
+        optimizer = trainer.create_optimizer()
+        from distill.ema import WeightAverage
+
+        average = WeightAverage(model, 0.999)
+        batches = feed.inputs(rows for _ in range(1000) for rows in trainer.row_order())
+        started = 0.0
+        for step in range(steps):
+            inputs = next(batches)
+            inputs.pop("rows")
+            count = torch.full((), float(inputs.pop("num_valid")), device=self.device)
+            with trainer.accelerator.autocast():
+                output = model(**inputs, num_items=count)
+            trainer._sums += output["sums"]
+            output["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update()
+            if step + 1 in (steps // 2, steps):
+                self.wait()
+                started, before = time.perf_counter(), started
+        batches.close()  # type: ignore[attr-defined]
+        return (started - before) / (steps - steps // 2)
+
+
+def ratios(timings: dict[str, dict[str, float]]) -> dict[str, float | None]:
+    """The rows of the table that stand in TARGETS, None where something was not measured."""
+
+    def over(one: str, other: str, key: str = "median") -> float | None:
+        if one not in timings or other not in timings or not timings[other][key]:
+            return None
+        return timings[one][key] / timings[other][key]
+
+    peers = [name for name in timings if name.startswith("ce ")]
+    fastest = min(peers, key=lambda name: timings[name]["median"])
+    return {
+        "step over CE by Liger": over("ours", "ce liger"),
+        "step over the fastest CE": over("ours", fastest),
+        "online, teachers of its size, over ours": over(
+            "online same size", "ours beside online same size"
+        ),
+        "online, teachers three times its size, over ours": over(
+            "online three times", "ours beside online three times"
+        ),
+        "peak memory over CE by Liger": over("ours", "ce liger", "peak"),
+        "peak memory over online": over("ours", "online same size", "peak"),
+    }
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    fifths = statistics.quantiles(values * 2, n=5, method="inclusive")
+    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[-1]}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

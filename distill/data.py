@@ -1,0 +1,183 @@
+"""What a step trains on: the order of rows, and batches that are ready when they are needed.
+
+The order is a function of seed, epoch and step alone. It does not depend on how many threads decode
+rows, nor on how many processes share a batch: the rows of a step are those of one process that
+takes them all, whether they are split over processes or accumulated one by one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from logitcache.draws import position_keys
+from logitcache.reader import StoreReader, TeacherBatch, read_ahead
+
+from .student import to_inputs
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The rows of an epoch in the order they are trained on: sorted by a hash of each."""
+    keys = position_keys(seed % 2**31 + (epoch << 32), np.arange(num_rows, dtype=np.int64))
+    return np.argsort(keys, kind="stable")
+
+
+class RowOrder:
+    """Lists of rows, one a micro-batch of this process: a DataLoader's batch_sampler.
+
+    A micro-batch of all processes is a run of rows of the epoch's order, of which each takes its
+    part in turn. The last of an epoch may be short: then some processes have fewer rows, or none,
+    and no row is trained on twice.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        self.num_rows, self.batch_size = num_rows, batch_size
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.process_index, self.num_processes = process_index, num_processes
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        together = self.batch_size * self.num_processes
+        return self.num_rows // together if self.drop_last else -(-self.num_rows // together)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = (
+            epoch_order(self.num_rows, self.seed, self.epoch)
+            if self.shuffle
+            else np.arange(self.num_rows)
+        )
+        for number in range(len(self)):
+            start = (number * self.num_processes + self.process_index) * self.batch_size
+            yield order[start : start + self.batch_size].tolist()
+
+
+class _RowNumbers(Dataset[int]):
+    """The rows of a store by number; the feed reads them."""
+
+    def __init__(self, num_rows: int):
+        self.num_rows = num_rows
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def row_loader(order: RowOrder) -> DataLoader[int]:
+    """What transformers.Trainer iterates over: lists of row numbers. Going on in the middle of an
+    epoch skips numbers, nothing is read for it."""
+    return DataLoader(_RowNumbers(order.num_rows), batch_sampler=order, collate_fn=list)
+
+
+class Feed:
+    """Turns lists of row numbers into inputs of the student on its device.
+
+    Threads read and decode ahead of their use. For a GPU they also pin what they made, and the
+    next batch is copied by a stream of its own while the step before it computes.
+    """
+
+    def __init__(
+        self,
+        reader: StoreReader,
+        temperature: float,
+        device: torch.device,
+        workers: int,
+        more: Callable[[TeacherBatch], dict[str, Any]] = lambda _: {},
+    ):
+        self.more = more  # inputs of a batch besides those of to_inputs
+        self.reader, self.temperature, self.device = reader, temperature, device
+        self.workers = workers
+        self.seconds_waited = 0.0  # in which the training loop had no batch
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def inputs(self, rows: Iterable[list[int]]) -> Iterator[dict[str, Any]]:
+        """Inputs of each list, in order; to_inputs says what they are. Besides them num_valid, the
+        valid positions, and rows, the list. An empty list gives a batch without valid positions."""
+        made = read_ahead(self._make, rows, self.workers)
+        waited = self._timed(made)
+        return waited if self._stream is None else self._on_gpu(waited, self._stream)
+
+    def _make(self, rows: list[int]) -> dict[str, Any]:
+        batch = self.reader[rows or [0]]
+        inputs = {**to_inputs(batch, self.temperature), **self.more(batch), "rows": rows}
+        if not rows:  # this process has no part in the last batch, but must take part in the step
+            inputs["labels"].fill_(-100)
+            inputs["num_tokens"] = 0
+        inputs["num_valid"] = int(np.count_nonzero(inputs["labels"].numpy() != -100))
+        return inputs if self._stream is None else _map(inputs, torch.Tensor.pin_memory)
+
+    def _timed(self, made: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        while True:
+            started = time.perf_counter()
+            inputs = next(made, None)
+            self.seconds_waited += time.perf_counter() - started
+            if inputs is None:
+                return
+            yield inputs
+
+    def _on_gpu(
+        self, made: Iterator[dict[str, Any]], stream: torch.cuda.Stream
+    ) -> Iterator[dict[str, Any]]:
+        """Copy one batch ahead. The caller's stream waits for the copy, the host for nothing."""
+
+        def started() -> tuple[dict[str, Any], torch.cuda.Event] | None:
+            inputs = next(made, None)
+            if inputs is None:
+                return None
+            with torch.cuda.stream(stream):
+                copied = _map(inputs, lambda t: t.to(self.device, non_blocking=True))
+            return copied, stream.record_event()
+
+        ahead = started()
+        while ahead is not None:
+            inputs, copied = ahead
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)
+            # The allocator must not give their memory to the next copy before they were used.
+            _map(inputs, partial(_used_by, current))
+            ahead = started()
+            yield inputs
+
+
+def _used_by(stream: torch.cuda.Stream, tensor: torch.Tensor) -> torch.Tensor:
+    tensor.record_stream(stream)
+    return tensor
+
+
+def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same dicts and lists with their tensors changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map(part, change) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_map(part, change) for part in value]
+    return value
+
+
+def share_of(num_rows: int, batch_size: int, index: int, count: int) -> list[list[int]]:
+    """The rows of one of several processes in batches, as many for each: some may be empty."""
+    mine = list(range(index, num_rows, count))
+    most = -(-num_rows // count)
+    batches = -(-most // batch_size)
+    return [mine[at * batch_size : (at + 1) * batch_size] for at in range(batches)]

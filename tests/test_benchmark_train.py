@@ -1,0 +1,79 @@
+"""benchmarks.train_step, as far as it works without a GPU: its tiny shapes, and the loss of the run
+without a store that it compares with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.train_models import online_loss
+from benchmarks.train_step import TARGETS, main, ratios, table
+from logitcache_kernels import DistillSpec, SparseTeacher, distill_loss
+
+
+def test_without_a_gpu_it_says_so_and_exits_6(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([]) == 6
+    captured = capsys.readouterr()
+    assert "no CUDA GPU" in captured.err
+    assert captured.out == ""
+
+
+def test_tiny_shapes_give_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "figures.json"
+    assert main(["--smoke", "--work", str(tmp_path / "work"), "--json", str(path)]) == 0
+    document = json.loads(path.read_text(encoding="utf-8"))
+    figures = document["students"]["smoke"]
+    assert set(figures["ratios"]) == set(TARGETS)
+    assert {"ours", "ce torch compile", "online same size"} <= set(figures["timings"])
+    assert figures["ratios"]["DistillTrainer over a bare loop"] > 0
+    assert capsys.readouterr().out.strip() == table(document)
+    assert "| online, teachers of its size, over ours | >= 1.5 | >= 2 |" in table(document)
+
+
+def test_ratios_are_taken_of_the_fastest_and_of_what_was_timed_beside() -> None:
+    def timing(median: float, peak: float = 0.0) -> dict[str, float]:
+        return {"median": median, "p20": median, "p80": median, "peak": peak}
+
+    found = ratios(
+        {
+            "ours": timing(8, 50),
+            "ce liger": timing(10, 40),
+            "ce apple cce": timing(5, 30),
+            "online same size": timing(18, 100),
+            "ours beside online same size": timing(9),
+        }
+    )
+    assert found["step over CE by Liger"] == 0.8
+    assert found["step over the fastest CE"] == 1.6
+    assert found["online, teachers of its size, over ours"] == 2.0
+    assert found["online, teachers three times its size, over ours"] is None
+    assert found["peak memory over CE by Liger"] == 1.25
+    assert found["peak memory over online"] == 0.5
+
+
+def test_the_loss_without_a_store_is_ours_on_whole_distributions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spec = DistillSpec(temperature=2.0, js_threshold=0.2, confidence_threshold=0.3)
+    rows, vocab = 40, 30
+    first = 2 * torch.randn(rows, vocab, generator=generator)
+    second = first + torch.linspace(0, 3, rows)[:, None] * torch.randn(
+        rows, vocab, generator=generator
+    )
+    logits = torch.randn(rows, vocab, generator=generator)
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    labels[::7] = -100
+    ids = torch.arange(vocab, dtype=torch.int32).expand(rows, vocab)
+    teachers = [
+        SparseTeacher(ids, part.log_softmax(-1), (part.log_softmax(-1) / 2.0).logsumexp(-1))
+        for part in (first, second)
+    ]
+    ours = distill_loss(logits, teachers, labels, spec)
+    assert len(set(ours.strategy_R[labels != -100].tolist())) == 3
+    theirs = online_loss(logits, first, second, labels, spec)
+    assert float(theirs) == pytest.approx(float(ours.loss), rel=1e-5)
