@@ -154,7 +154,8 @@ def encode_fields(
     gold = np.minimum(FINE.encode(np.where(absent, np.float32(0), fields.gold_P)), ABSENT - 1)
     gold[absent] = ABSENT
     head[1] = gold - top1
-    entropy = fields.entropy_P * np.float32(ENTROPY_STEPS)
+    entropy = np.where(kept_P, fields.entropy_P, np.float32(0))  # NaN where a teacher was skipped
+    entropy *= np.float32(ENTROPY_STEPS)
     np.clip(entropy, 0, 15.9 * ENTROPY_STEPS, out=entropy)
     head[2] = np.rint(entropy).astype(np.uint8) - _three_quarters(top1)
     if floor_P is not None:
