@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from logitcache.errors import UsageError
 from logitcache.files import file_sha256, to_json
 from logitcache.reader import StoreReader
 
-from .config import DistillConfig
+if TYPE_CHECKING:
+    from .config import DistillConfig
 
 # Settings that change neither weights nor metrics: a run may be continued with others.
 _NO_IDENTITY = (

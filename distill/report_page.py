@@ -18,6 +18,7 @@ from logitcache.reader import open_store
 from logitcache.remote import remote_url
 from logitcache_kernels import DistillSpec
 
+from .identity import store_identity
 from .report import FILES, MOST_ITEMS, Gate, Generation, Log, Run, RunRecord, finite
 
 _MOST_POSITIONS = 1 << 15  # of the store, for the histograms
@@ -303,8 +304,7 @@ def _store_measured(run: Run) -> tuple[Measured | None, str]:
         try:
             spec = _spec(record)
             reader = open_store(path)
-            identity = {"data": reader.manifest["data_sha256"], "teachers": reader.store.teachers}
-            if identity != expected:
+            if store_identity(reader) != expected:
                 continue
             sample = max(_MOST_POSITIONS // int(reader.manifest["seq_len"]), 1)
             return measure(reader, spec, sample=sample), ""

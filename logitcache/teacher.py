@@ -65,9 +65,11 @@ class _Made:
 
 
 class _Behind:
-    """A thread that does one thing after the other; at most two wait. Its errors come out here."""
+    """A thread that does one thing after the other, up to the first that fails; at most two wait.
+    Its errors come out here."""
 
     def __enter__(self) -> _Behind:
+        self._failed = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
         self._waiting: deque[Future[None]] = deque()
         return self
@@ -75,7 +77,16 @@ class _Behind:
     def do(self, action: Callable[..., None], *arguments: Any) -> None:
         while len(self._waiting) > 2 or (self._waiting and self._waiting[0].done()):
             self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(action, *arguments))
+        self._waiting.append(self._pool.submit(self._do, action, *arguments))
+
+    def _do(self, action: Callable[..., None], *arguments: Any) -> None:
+        if self._failed:
+            return
+        try:
+            action(*arguments)
+        except BaseException:
+            self._failed = True
+            raise
 
     def __exit__(
         self,

@@ -310,7 +310,7 @@ def test_sigterm_saves_and_exits_with_75_and_the_same_command_finishes(here: Pat
     assert (here / "lineage" / "HEAD").read_text() == "T-G2\n"
     result = run("evolve", path)
     assert result.exit_code == 0, result.output
-    assert "resuming" in result.stderr
+    assert "going on from checkpoint-" in result.stderr
     assert "done: build, replay" in result.stderr
 
 
