@@ -83,8 +83,9 @@ def _top_first(support: object) -> None:
     certain.logp[:] = certain.logp[order]
 
 
-def epoch(source: StoreReader, folder: Path, rows: int = 128, workers: int = 2) -> float:
-    """Tokens per second of a shuffled epoch with two teachers, from a store of repeated rows."""
+def epoch(source: StoreReader, folder: Path, rows: int = 128, workers: int = 1) -> float:
+    """Tokens per second of a shuffled epoch with two teachers, from a store of repeated rows, read
+    by one thread while another takes the batches."""
     if folder.exists():
         shutil.rmtree(folder)
     length, number = source.manifest["seq_len"], len(source)

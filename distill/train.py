@@ -40,7 +40,7 @@ from .run_folder import (
 from .save import save_student
 from .trainer import DistillTrainer
 
-_GPU_DATA_WORKERS = 4
+_GPU_DATA_WORKERS = 1  # a thread; more of them are slower, see StoreReader.batches
 Report = Callable[[int, int, dict[str, float] | None], None]
 """Called as report(step, steps in all, what was logged of it) after each step."""
 
