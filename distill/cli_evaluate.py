@@ -48,6 +48,7 @@ def evaluate(
         raise UsageError(f"--out {out}: expected a file, found a folder")
     quiet_libraries()
     from .gates import Watch, judge
+    from .law_watch import training_violations
     from .scoring import score_alone
 
     with stop_on_signal() as stop:
@@ -63,6 +64,7 @@ def evaluate(
                 suite,
                 laws=laws,
                 settings=settings,
+                training_violations=training_violations(model),
                 device=device,
                 stop=stop,
                 note=options.note,

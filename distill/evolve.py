@@ -7,7 +7,6 @@ that was interrupted goes on with the first that is not.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from logitcache.config import BuildConfig, build_config
 from logitcache.environment import describe_environment
 from logitcache.errors import Interrupted, StoreError, UsageError
 from logitcache.files import (
-    clear_folder,
+    delete,
     lock,
     make_durable_folder,
     to_json,
@@ -30,8 +29,8 @@ from logitcache.progress import every_30_s
 from logitcache.tokenise import load_tokenizer
 
 from .gold import mark_gold
-from .law_watch import LAWS_FILE, read_violations
-from .laws import Violation, read_laws
+from .law_watch import training_violations
+from .laws import read_laws
 from .lineage import (
     VERDICT_FILE,
     Lineage,
@@ -163,8 +162,14 @@ class _Run:
                 f"({min(others)}, ...)",
                 "give the manifest another output",
             )
-        if fresh:
-            clear_folder(self.out)
+        if fresh and path.is_file():
+            # Killed in between it is a turn still, of which nothing is done.
+            self.record = self._new_record()
+            write_atomic(path, to_json(self.record))
+            for child in sorted(self.out.iterdir()):
+                if child != path and child.suffix != ".lock":
+                    delete(child)
+            return
         if path.is_file():
             try:
                 self.record = json.loads(path.read_text(encoding="utf-8"))
@@ -184,19 +189,22 @@ class _Run:
                 )
             self.note(f"going on with {self.child}; done: {', '.join(stages) or 'nothing'}")
         else:
-            self.record = {
-                "command": "distill evolve",
-                "turn": self.turn_id,
-                "child": self.child,
-                "parent": self.parent,
-                "grandparent": self.grandparent,
-                "lineage": os.path.relpath(self.lineage.root, self.out),
-                "manifest": self.turn.document,
-                "identity": self.identity,
-                "environment": describe_environment(),
-                "stages": {},
-            }
+            self.record = self._new_record()
             write_atomic(path, to_json(self.record))
+
+    def _new_record(self) -> dict[str, Any]:
+        return {
+            "command": "distill evolve",
+            "turn": self.turn_id,
+            "child": self.child,
+            "parent": self.parent,
+            "grandparent": self.grandparent,
+            "lineage": os.path.relpath(self.lineage.root, self.out),
+            "manifest": self.turn.document,
+            "identity": self.identity,
+            "environment": describe_environment(),
+            "stages": {},
+        }
 
     def _complete_record(self, outcome: Outcome) -> None:
         """Record the last stage if the process died after it and before its record."""
@@ -344,7 +352,7 @@ class _Run:
             laws=self.inputs.laws,
             settings=self.turn.manifest.gates,
             earlier=self.lineage.folder(self.grandparent),
-            training_violations=_violations(self.out / "train" / LAWS_FILE),
+            training_violations=training_violations(self.out / "train"),
             out=self.out,
             device=self._device(),
             stop=self.stop,
@@ -378,14 +386,3 @@ class _Run:
         """Where the gates run: where training did, as far as the manifest says."""
         manifest = self.turn.manifest
         return "cpu" if manifest.train.get("use_cpu") else manifest.store.get("device") or "auto"
-
-
-def _violations(path: Path) -> list[Violation]:
-    """Broken laws that training met."""
-    names = [field.name for field in dataclasses.fields(Violation)]
-    try:
-        return [Violation(**{name: r[name] for name in names}) for r in read_violations(path)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{path}: not the violations of a training run: {error}", "give --fresh to begin anew"
-        ) from None

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.causal_lm import choose_device, choose_dtype, model_identity
-from logitcache.errors import InputError, Interrupted, UsageError
+from logitcache.errors import InputError, Interrupted, ResourceError, UsageError
 from logitcache.files import file_sha256, to_json, write_durable
 from logitcache.tokenise import load_tokenizer
 
@@ -193,6 +193,11 @@ def _guarded(name: str, case: _Case) -> _Gate:
     except (Interrupted, InputError, UsageError, KeyboardInterrupt):
         raise
     except Exception as error:
+        scarce = isinstance(error, (OSError, MemoryError, ResourceError))
+        if type(error).__name__ == "OutOfMemoryError" or (
+            scarce and not isinstance(error, TimeoutError)
+        ):
+            raise  # says nothing of the candidate
         kind = "ran out of time" if isinstance(error, TimeoutError) else "crashed"
         text = f"the gate {kind}: {_first_line(error)}"
         return _Gate(name, False, None, None, None, len(items), note=text)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from logitcache.errors import InputError, UsageError
+from logitcache.errors import InputError, StoreError, UsageError
 from logitcache.files import write_atomic
 
 from .generate import Speaker
-from .laws import Laws, read_laws, violations_of
+from .laws import Laws, Violation, read_laws, violations_of
 from .suite import Suite, read_suite
 
 if TYPE_CHECKING:
@@ -98,3 +98,15 @@ def read_violations(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def training_violations(folder: Path) -> list[Violation]:
+    """Broken laws that training met, of a student's folder; none where nobody looked."""
+    path = folder / LAWS_FILE
+    names = [field.name for field in dataclasses.fields(Violation)]
+    try:
+        return [Violation(**{name: r[name] for name in names}) for r in read_violations(path)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path}: not the violations of a training run: {error}", "train with --fresh"
+        ) from None

@@ -278,7 +278,9 @@ def register(lineage: Lineage, members: Sequence[Member]) -> list[str]:
             if member.parent in known:
                 record["grandparent"] = known[str(member.parent)]["parent"]
             lineage.place(member.folder, target, identities[member.name], record)
-        if lineage.entry("init", member.name, None) is None:
+        # A child that was promoted has its entry: it is no newcomer.
+        promoted = lineage.generation(member.name)["turn"] is not None
+        if not promoted and lineage.entry("init", member.name, None) is None:
             added.append(member.name)
     for name in added:
         moved = {"head": name} if lineage.head is None and name == members[-1].name else {}

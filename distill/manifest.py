@@ -339,7 +339,24 @@ def _wrong_settings(document: Mapping[str, Any]) -> Iterator[str]:
     except ValidationError as error:
         yield from (f"store.{line}" for line in _explained(error))
         return
+    divergence = train.get("divergence", "forward_kl")
+    if config.estimator == "sampled" and divergence != "forward_kl":
+        yield (
+            f"train.divergence: sampled stores allow forward_kl only, found {divergence!r}; "
+            "or set store.estimator to topk"
+        )
+    masked = _part(document, "stabilizers").get("token_masking") is True
+    mode = _part(document, "taboo").get("mode", "target")
+    if divergence == "reverse_kl" and masked and mode == "target":
+        yield "taboo.mode: expected neutral, because train.divergence is reverse_kl"
+    if train.get("eval_strategy", "no") != "no" and not train.get("eval_rows"):
+        yield "train.eval_strategy: needs held-out rows: expected train.eval_rows"
     temperature = _part(document, "training_params").get("temperature")
+    if isinstance(temperature, (int, float)) and 0 < temperature < 0.5:
+        yield (
+            "training_params.temperature: expected at least 0.5, the smallest of a store, found "
+            f"{temperature:g}"
+        )
     highest = config.sample_temperature if config.estimator == "sampled" else 4.0
     if isinstance(temperature, (int, float)) and temperature > highest:
         yield (

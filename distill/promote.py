@@ -6,6 +6,7 @@ HEAD moves. HEAD moves only if all four gates passed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ from logitcache.tokenise import load_tokenizer
 from .ensemble import check_same_tokenizer
 from .gate_settings import GateSettings
 from .gates import GATE_NAMES, judge
+from .law_watch import training_violations
 from .laws import read_laws
 from .lineage import FAILED, Lineage, Note, check_name, check_place, describe_data, writing
 from .suite import read_suite
@@ -122,9 +124,11 @@ def promote(
             note("promotion already recorded; nothing was changed")
             return before
         check_judgeable(folder, lineage.folder(head), suite, laws)
+        watched = training_violations(folder)
         turn = digest(
             {
                 "candidate": identity,
+                "training_violations": [dataclasses.asdict(v) for v in watched],
                 "id": name,
                 "reference": lineage.generation(head)["model"],
                 "suite": file_sha256(suite),
@@ -151,6 +155,7 @@ def promote(
             suite,
             laws=laws,
             settings=settings,
+            training_violations=watched,
             device=device,
             stop=stop,
             note=note,

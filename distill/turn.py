@@ -101,7 +101,10 @@ def turn_identity(turn: Turn, inputs: Inputs) -> dict[str, Any]:
         "stabilizers": manifest.stabilizers.model_dump(mode="json"),
         "replay": manifest.replay and manifest.replay.model_dump(mode="json", exclude={"data"}),
         "store": manifest.store,
-        "data": [fingerprint(path) for path in inputs.gold + inputs.train],
+        "data": {
+            "gold": [fingerprint(path) for path in inputs.gold],
+            "train": [fingerprint(path) for path in inputs.train],
+        },
         "suite": file_sha256(inputs.suite),
         "laws": inputs.laws and file_sha256(inputs.laws),
         "taboo": taboo and file_sha256(turn.path(taboo.words)),

@@ -169,6 +169,7 @@ def cache_folder(url: str) -> Path:
     """Where files of the store at a URL are kept on this machine."""
     home = os.environ.get("LOGITCACHE_HOME") or Path.home() / ".cache" / "logitcache"
     name = url.rpartition("/")[2]
+    name = name.replace(".", "_")  # else with_suffix would cut off what tells stores apart
     return Path(home) / "remote" / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
 

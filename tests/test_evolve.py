@@ -213,6 +213,8 @@ def test_the_next_turn_replays_all_before_and_takes_data_and_suite_from_the_reco
     assert [(s["name"], s["documents"]) for s in sources] == [("new", 20), ("T-G3", 3), ("T-G1", 3)]
     lineage = open_lineage(here / "lineage")
     assert lineage.head == "T-G4"
+    told = [(entry["event"], entry["generation"]) for entry in lineage.log()]
+    assert ("init", "T-G3") not in told  # it came in by its promotion
     assert lineage.ancestors("T-G4") == ["T-G4", "T-G3", "T-G2", "T-G1"]
     # Data of one generation gone: said, and the others serve. Of all: an error.
     request["child_gen"] = "T-G5"
@@ -379,6 +381,14 @@ def promote(lineage: Path, candidate: str, *words: str, suite: str = "suite.json
 
 def gates(result: Result) -> dict[str, dict[str, Any]]:
     return {gate["name"]: gate for gate in json.loads(result.stdout)["gates"]}
+
+
+def test_laws_that_training_broke_count_against_a_candidate(lineage: Path) -> None:
+    broken = {"step": 1, "rule": "quiet", "prompt": "p", "output": "o", "detail": "said it"}
+    (lineage.parent / "child" / "laws.jsonl").write_text(json.dumps(broken) + "\n")
+    result = promote(lineage, "child", *(f"--set={k}={v}" for k, v in ALWAYS.items()))
+    assert result.exit_code == 10
+    assert gates(result)["laws"]["score"] == 1
 
 
 def test_promotion_follows_the_threshold_and_is_recorded_once(lineage: Path) -> None:

@@ -185,6 +185,18 @@ def test_every_section_maps_to_the_setting_it_stands_for(tmp_path: Path) -> None
             {"training_params.temperature": 3.0},
             "training_params.temperature: expected at most 2, which the store allows, found 3",
         ),
+        (
+            {"training_params.temperature": 0.3},
+            "training_params.temperature: expected at least 0.5, the smallest of a store, found",
+        ),
+        (
+            {"train": {"divergence": "jsd"}},
+            "train.divergence: sampled stores allow forward_kl only, found 'jsd'",
+        ),
+        (
+            {"train": {"eval_strategy": "steps"}},
+            "train.eval_strategy: needs held-out rows: expected train.eval_rows",
+        ),
         ({"train": {"max_steps": 3}}, "train.max_steps: is set by training_params.steps"),
         ({"train": {"alpha": 1}}, "train.alpha: is set by training_params.alpha"),
         (

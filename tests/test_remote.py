@@ -397,6 +397,12 @@ def test_without_obstore_it_says_what_to_install(monkeypatch):
     assert "logitcache[remote]" in caught.value.hint
 
 
+def test_stores_of_one_name_have_folders_and_locks_of_their_own():
+    one, other = (remote.cache_folder(f"s3://bucket/{part}/store.zarr") for part in "ab")
+    for suffix in (".lock", ".locks", ".old"):
+        assert one.with_suffix(suffix) != other.with_suffix(suffix)
+
+
 def test_paths_of_this_machine_are_no_urls():
     for path in ("store", "/a/store", Path("s3/store"), "./s3:/store"):
         assert remote.remote_url(path) is None
