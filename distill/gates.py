@@ -184,8 +184,8 @@ def _ask_all(role: str, scorer: Scorer, suite: Suite, note: Callable[[str], None
 
 
 def _guarded(name: str, case: _Case) -> _Gate:
-    """A gate's result; whatever goes wrong in it is its failure, except a wrong suite and a wish to
-    stop."""
+    """A gate's result; whatever goes wrong in it is its failure, except a wrong suite, a wish to
+    stop, and want of disk or memory."""
     kinds = {"laws": ("law",)}.get(name, (name,))
     items = case.suite.of(*kinds)
     try:
