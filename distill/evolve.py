@@ -139,7 +139,9 @@ class _Run:
                 "parent": self.parent,
                 "grandparent": self.grandparent,
                 # What was replayed is recorded where it comes from: a later turn replays it there.
-                "data": describe_data(self.inputs.gold + self.inputs.train, self.lineage.root),
+                "data": describe_data(
+                    self.inputs.gold + self.inputs.train, self.lineage.root, self.inputs.gold
+                ),
                 "suite": describe_data([self.inputs.suite], self.lineage.root)[0],
                 "store": store,
                 "manifest": self.turn.document,
@@ -252,7 +254,8 @@ class _Run:
         for member in members:
             recorded = known.get(member.name, {}).get("data")
             given = describe_data(member.data, self.lineage.root)
-            if recorded is not None and given and given != recorded:
+            there = [{k: entry[k] for k in ("path", "sha256")} for entry in recorded or []]
+            if recorded is not None and given and given != there:
                 self.note(f"replay.data.{member.name}: not used, {member.name} is registered")
         for name in register(self.lineage, members):
             self.note(f"registered {name}")
@@ -290,6 +293,7 @@ class _Run:
             fingerprints=fingerprints,
             main_documents=count_documents(self.inputs.train + self.inputs.gold),
             fraction=section.fraction,
+            gold={name: self.lineage.recorded_gold(name) for name in recorded},
         )
         for note in [*(f"replay: {problem}" for problem in problems), *result.notes()]:
             self.note(note)

@@ -13,7 +13,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,11 @@ class Lineage:
             from_root(self.root, entry["path"]): entry["sha256"]
             for entry in self.generation(name).get("data", [])
         }
+
+    def recorded_gold(self, name: str) -> set[Path]:
+        """Those of recorded_data whose documents are curated unless they say otherwise."""
+        data = self.generation(name).get("data", [])
+        return {from_root(self.root, entry["path"]) for entry in data if entry.get("gold")}
 
     def entry(self, event: str, generation: str, turn: str | None) -> dict[str, Any] | None:
         """The log's entry of an event that happens once to a generation in a turn, if it has."""
@@ -343,12 +348,16 @@ def check_place(target: Path, turn: str) -> bool:
     )
 
 
-def describe_data(paths: Sequence[Path], root: Path) -> list[dict[str, Any]]:
-    """What generation.json keeps of data files: a path from the lineage's folder, a fingerprint."""
+def describe_data(
+    paths: Sequence[Path], root: Path, gold: Collection[Path] = ()
+) -> list[dict[str, Any]]:
+    """What generation.json keeps of data files: a path from the lineage's folder, a fingerprint,
+    and of curated ones that they are gold."""
     return [
         {
             "path": os.path.relpath(path.parent.resolve() / path.name, root.resolve()),
             "sha256": fingerprint(path),
+            **({"gold": True} if path in gold else {}),
         }
         for path in paths
     ]

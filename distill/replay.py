@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,14 +126,16 @@ def sample_replay(
     fingerprints: Mapping[Path, str] | None = None,
     main_documents: int | None = None,
     fraction: float = FRACTION,
+    gold: Mapping[str, Collection[Path]] | None = None,
 ) -> ReplayResult:
     """Sample documents of each earlier generation, without replacement, into ``out/NAME.jsonl``.
 
     recorded: name of a generation -> the data files it learned from. fingerprints: what
     ``data_fingerprint`` was of them; one that is another now is not read. main_documents and
-    fraction: see ``replay_quota``. Documents are whole, with messages and gold flags; where some of
-    a generation's documents had a flag and others none, the others get ``gold: false``, as they
-    were in its build. Empty ones are not sampled.
+    fraction: see ``replay_quota``. gold: name of a generation -> those of its files whose documents
+    counted as gold unless they said otherwise. Documents are whole, with messages and gold flags;
+    where some of a generation's documents had a flag and others none, the others get ``gold:
+    false``, as they were in its build. Empty ones are not sampled.
 
     A file that is gone, changed or damaged is told in ``problems``; what the others hold is sampled
     as if it were there. A generation of which nothing is left has no file in the result. The same
@@ -144,7 +146,14 @@ def sample_replay(
     """
     _check(recorded, size, fraction)
     found = {
-        name: _Sample(name, size, seed, list(dict.fromkeys(paths)), fingerprints or {})
+        name: _Sample(
+            name,
+            size,
+            seed,
+            list(dict.fromkeys(paths)),
+            fingerprints or {},
+            (gold or {}).get(name, ()),
+        )
         for name, paths in recorded.items()
     }
     left = sum(bool(sample.kept) for sample in found.values())
@@ -181,7 +190,9 @@ class _Sample:
         seed: int,
         paths: Sequence[Path],
         fingerprints: Mapping[Path, str],
+        gold: Collection[Path],
     ):
+        self.gold = gold
         self.size, self.purpose = size, f"replay {seed} {name}"
         self.kept: list[tuple[int, int, int, Document]] = []  # a heap: the last in order on top
         self.problems: list[str] = []
@@ -198,6 +209,8 @@ class _Sample:
         kept, usable, has_flags = list(self.kept), 0, False
         try:
             for at, document in enumerate(read_documents((path,))):
+                if document.gold is None and path in self.gold:
+                    document = replace(document, gold=True)
                 has_flags |= document.gold is not None
                 if not _usable(document):
                     continue

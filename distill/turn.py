@@ -57,8 +57,11 @@ def find_inputs(turn: Turn, lineage: Lineage) -> Inputs:
     problems = []
     if not train and not gold:
         recorded = lineage.recorded_data(parent) if known else {}
-        train = tuple(p for p, sha in recorded.items() if p.exists() and fingerprint(p) == sha)
-        if not train or len(train) < len(recorded):
+        there = [p for p, sha in recorded.items() if p.exists() and fingerprint(p) == sha]
+        curated = lineage.recorded_gold(parent) if known else set()
+        train = tuple(p for p in there if p not in curated)
+        gold = tuple(p for p in there if p in curated)
+        if not there or len(there) < len(recorded):
             problems.append(
                 "data.train: is missing; expected files to learn from, because what the lineage "
                 f"has on record of {parent} is {'nothing' if not recorded else 'gone or changed'}"

@@ -19,7 +19,7 @@ from lineage_worker import make_folder, verdict
 from distill.bundled import BUNDLED
 from distill.cli import cli
 from distill.gates import GATE_NAMES
-from distill.lineage import Lineage, Member, open_lineage, register, writing
+from distill.lineage import Lineage, Member, describe_data, open_lineage, register, writing
 from distill.promote import Candidate, admit, checked, finished, judge_soundly
 from logitcache.errors import InputError, LockedError, ResourceError, StoreError, UsageError
 
@@ -128,6 +128,17 @@ def test_run_files_and_pickles_are_no_part_of_a_generation(root: Path) -> None:
         *("config.json", "model.safetensors", "tokenizer.json"),
         *("generation.json", "verdict.json"),
     }
+
+
+def test_curated_files_are_recorded_as_such(root: Path) -> None:
+    files = [root.parent / "curated.jsonl", root.parent / "others.jsonl"]
+    for file in files:
+        file.write_text('{"text": "a"}\n', encoding="utf-8")
+    entries = describe_data(files, root, files[:1])
+    assert [entry.get("gold") for entry in entries] == [True, None]
+    record = root / "generations" / "G10" / "generation.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "data": entries}))
+    assert open_lineage(root).recorded_gold("G10") == {files[0]}
 
 
 def test_rollback_puts_an_earlier_generation_in_force_with_its_reason(root: Path) -> None:

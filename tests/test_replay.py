@@ -57,6 +57,17 @@ def test_whole_documents_are_sampled_of_every_generation(recorded, tmp_path: Pat
     assert result.gone == []
 
 
+def test_documents_of_curated_files_stay_gold_and_the_others_do_not(recorded, tmp_path) -> None:
+    curated = write_jsonl(tmp_path / "curated.jsonl", [{"text": "a"}, {"text": "b", "gold": False}])
+    family = {"G010": [curated, *recorded["G010"]]}
+    gold = {"G010": {curated}}
+    (file,) = sample_replay(family, 40, 5, tmp_path / "replay", gold=gold).files
+    told = {record["text"]: record["gold"] for record in lines(file)}
+    assert told.pop("a") is True
+    assert set(told.values()) == {False}
+    assert len(told) == 31
+
+
 def test_the_sample_is_drawn_by_seed_and_generation(recorded, tmp_path: Path) -> None:
     def texts(size: int, seed: int, name: str = "G010") -> list[str]:
         files = sample_replay({name: recorded["G010"]}, size, seed, tmp_path / "r").files
