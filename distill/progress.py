@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
 from typing import Any
 
 import click
+
+from logitcache.progress import terminal_bar
 
 _PLAIN_INTERVAL_S = 30.0
 _SHARES = ("blended", "t1_only", "gold_fallback", "skip")
@@ -31,19 +32,7 @@ class TrainProgress:
         self._task: Any = None
 
     def __enter__(self) -> TrainProgress:
-        if not self.quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("step"),
-                BarColumn(),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-                TextColumn("{task.fields[detail]}", markup=False),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._bar.start()
+        self._bar = terminal_bar(self.quiet, "step", "")
         return self
 
     def __exit__(

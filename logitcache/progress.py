@@ -34,6 +34,25 @@ def every_30_s(show: Callable[[int, int], None]) -> Callable[[int, int], None]:
     return call
 
 
+def terminal_bar(quiet: bool, name: str, unit: str) -> Any:
+    """A started bar of rich on a terminal, whose tasks have a field "detail"; None elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn(name),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}" + unit),
+        TextColumn("{task.fields[detail]}", markup=False),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    bar.start()
+    return bar
+
+
 class BuildProgress:
     """Shows tokens/s, time left and bytes written of each teacher; call it as builder.Report.
 
@@ -49,19 +68,7 @@ class BuildProgress:
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> BuildProgress:
-        if not self.quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
-                TextColumn("{task.fields[detail]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._bar.start()
+        self._bar = terminal_bar(self.quiet, "{task.description}", " tokens")
         return self
 
     def __exit__(

@@ -20,13 +20,7 @@ from loss_cases import (
 
 from logitcache_kernels import DistillSpec, SparseTeacher, distill_loss
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- edges -------------------------------------------------------------------------------------
