@@ -30,9 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run, and give the exit code: 6 where the device is missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.store_build", description=__doc__)
     parser.add_argument("--teacher", type=Path, help="a real model's folder")
-    parser.add_argument("--tokens", type=int, default=1 << 20)
+    parser.add_argument("--tokens", type=int, default=1 << 21)
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--work", type=Path, default=Path("build") / "benchmark-build")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -89,18 +89,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     run = TeacherRun(teacher, "teacher1", new_store(), planned.rows, config, None)
     shards = range(len(run.store.ranges))
 
-    def build() -> None:
+    def build(shards: range = shards) -> None:
         run.store = new_store()
         run.shards(shards, lambda: False)
 
-    def forward() -> None:
+    def forward(shards: range = shards) -> None:
         for shard in shards:
             for batch in run.batches(*run.store.ranges[shard]):
                 run.forward(batch)
 
     seconds: dict[str, list[float]] = {"forward": [], "build": []}
     for function in (forward, build):  # compilations and first allocations
-        _seconds(function)
+        _seconds(lambda function=function: function(range(1)))
     for _ in range(options.rounds):
         seconds["forward"].append(_seconds(forward))
         seconds["build"].append(_seconds(build))

@@ -15,9 +15,9 @@ import torch
 
 from logitcache import StoreReader
 from logitcache.causal_lm import Head, hidden_states, load_causal_lm
+from logitcache.fetch import fetch
 from logitcache.padded import side_by_side
 from logitcache.support import decode_row, encode_row, support_of
-from logitcache.teacher import to_numpy
 from logitcache_kernels import capture
 
 RSKD_DRAWS = 50
@@ -158,7 +158,7 @@ def bias_of_sampling(draws: int = 1 << 20, vocab_size: int = 512) -> dict[str, f
         captured = capture(
             logits, position_ids_R=torch.arange(length) + row * length, seed=1, impl="eager"
         )
-        support = support_of(to_numpy(captured), np.arange(length), length, attributes)
+        support = support_of(fetch([captured]), np.arange(length), length, attributes)
         planes = encode_row(support, attributes, grid, order, row)
         decoded = decode_row(planes, attributes, grid, order, row)
         teacher = side_by_side([decoded], attributes, tuple(grid), length)

@@ -102,22 +102,25 @@ def cross_entropies(smoke: bool) -> dict[str, Callable[[Any, dict[str, Any]], to
     """CE-only fine-tuning by name: functions of a model and its inputs, whole batches averaged.
     Those of packages that are not installed are left out."""
 
-    def parts(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Head]:
+    def parts(
+        model: Any, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """In bfloat16 as autocast would have them, which not all of these look at."""
         hidden_RD = hidden_states(
             model, inputs["input_ids"], inputs["position_ids"], packed=inputs["packed"]
         ).flatten(0, 1)
-        return hidden_RD, inputs["labels"].flatten(), Head.of(model)
+        weight_VD = Head.of(model).weight_VD.bfloat16()
+        return hidden_RD.bfloat16(), weight_VD, inputs["labels"].flatten()
 
     def plain(
         hidden_RD: torch.Tensor, weight_VD: torch.Tensor, labels_R: torch.Tensor
     ) -> torch.Tensor:
-        return F.cross_entropy((hidden_RD @ weight_VD.T.to(hidden_RD.dtype)).float(), labels_R)
+        return F.cross_entropy((hidden_RD @ weight_VD.T).float(), labels_R)
 
     compiled = plain if smoke else torch.compile(plain)
 
     def torch_ce(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        hidden_RD, labels_R, head = parts(model, inputs)
-        return compiled(hidden_RD, head.weight_VD, labels_R)
+        return compiled(*parts(model, inputs))
 
     found: dict[str, Callable[[Any, dict[str, Any]], torch.Tensor]] = {"ce torch compile": torch_ce}
     if importlib.util.find_spec("liger_kernel") is not None:
@@ -126,8 +129,8 @@ def cross_entropies(smoke: bool) -> dict[str, Callable[[Any, dict[str, Any]], to
         fused = LigerFusedLinearCrossEntropyLoss()
 
         def liger(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-            hidden_RD, labels_R, head = parts(model, inputs)
-            return fused(head.weight_VD.to(hidden_RD.dtype), hidden_RD, labels_R)
+            hidden_RD, weight_VD, labels_R = parts(model, inputs)
+            return fused(weight_VD, hidden_RD, labels_R)
 
         found["ce liger"] = liger
     if importlib.util.find_spec("cut_cross_entropy") is not None:
@@ -135,9 +138,7 @@ def cross_entropies(smoke: bool) -> dict[str, Callable[[Any, dict[str, Any]], to
 
         def apple(impl: str) -> Callable[[Any, dict[str, Any]], torch.Tensor]:
             def loss(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-                hidden_RD, labels_R, head = parts(model, inputs)
-                weight_VD = head.weight_VD.to(hidden_RD.dtype)
-                return linear_cross_entropy(hidden_RD, weight_VD, labels_R, impl=impl)
+                return linear_cross_entropy(*parts(model, inputs), impl=impl)
 
             return loss
 

@@ -83,6 +83,9 @@ def table(document: dict[str, Any]) -> str:
         if "tokens_per_second" in part:
             rate = part["tokens_per_second"]
             lines.append(f"{name}: {rate:,.0f} tokens/s on {part['processes']} processes")
+        exact = part.get("trainer", {}).get("deterministic_over_default")
+        if exact is not None:
+            lines.append(f"{name}: a step with deterministic algorithms takes {exact:.3f} times")
     return "\n".join(lines)
 
 
@@ -217,6 +220,8 @@ class Measurement:
 
     def with_trainer(self, with_bare_loop: bool = True) -> dict[str, Any]:
         """Seconds of a step of DistillTrainer and of a loop of the same operations, in turn."""
+        import torch
+
         from logitcache.several import leave_group
 
         steps = self.options.steps * 6
@@ -237,11 +242,14 @@ class Measurement:
         if with_bare_loop:
             over = seconds / statistics.median(found["bare"])
             document["ratios"]["DistillTrainer over a bare loop"] = over
+            exact, _, _ = self._trainer(steps, full_determinism=True)
+            torch.use_deterministic_algorithms(False)
+            document["deterministic_over_default"] = exact / seconds
         else:
             leave_group()
         return document
 
-    def _make_trainer(self, steps: int) -> Any:
+    def _make_trainer(self, steps: int, **more: Any) -> Any:
         from distill.train import TrainRequest, make_trainer
 
         settings = {
@@ -252,15 +260,16 @@ class Measurement:
             "logging_steps": steps * 2,
             "learning_rate": 1e-6,
             "use_cpu": not self.on_gpu,
+            **more,
         }
         out = self.options.work / self.student / "run"
         request = TrainRequest(self.store, self.folders[0], out, None, settings)
         return make_trainer(request, request.config())
 
-    def _trainer(self, steps: int) -> tuple[float, float, int]:
+    def _trainer(self, steps: int, **more: Any) -> tuple[float, float, int]:
         from transformers import TrainerCallback
 
-        trainer = self._make_trainer(steps)
+        trainer = self._make_trainer(steps, **more)
         wait, marks = self.wait, []
 
         class Clock(TrainerCallback):

@@ -37,13 +37,14 @@ from .causal_lm import (
 )
 from .differences import Rescored, Rescoring, by_id, kl, unlike
 from .errors import Interrupted, UsageError
+from .fetch import fetch
 from .packing import Rows
 from .padded import TeacherSupport, side_by_side
 from .reader import StoreReader
 from .repair import recorded_settings
 from .store import Store
 from .support import decode_row, encode_row, support_of
-from .teacher import BATCH_TOKENS, CHUNK_ELEMENTS, capture_options, to_numpy
+from .teacher import BATCH_TOKENS, CHUNK_ELEMENTS, capture_options
 
 Report = Callable[[int, int], None]
 """Called as report(rows done, rows) after each batch."""
@@ -221,11 +222,11 @@ class _Run:
                 position_ids_R=numbers_P[part],
                 **capture_options(self.attributes),
             )
-            parts.append(to_numpy(captured))
+            parts.append(captured)
             logp_RV = logits.float().log_softmax(-1)
             kept_RK = logp_RV.gather(-1, ids_PK[part].clamp_min(0))
             logps.append(kept_RK.masked_fill(ids_PK[part] < 0, -torch.inf).cpu().numpy())
-        joined = {key: _joined([part[key] for part in parts], key) for key in parts[0]}
+        joined = fetch(parts)
         return _Fresh(joined, joined["count"] >= 0, np.concatenate(logps))
 
     def _stored_again(
@@ -280,15 +281,3 @@ def _certain(teacher: TeacherSupport, position: np.ndarray) -> _Certain:
     }
     one = teacher.temperatures.index(1.0)
     return _Certain(*found, np.exp(teacher.tail_PT[position, one].astype(np.float64)), fields)
-
-
-def _joined(parts: list[np.ndarray], key: str) -> np.ndarray:
-    """Chunks end to end, each cut to its own widest support, as wide as the widest."""
-    if parts[0].ndim < 2:
-        return np.concatenate(parts)
-    fill = {"ids": -1, "logp": -np.inf}.get(key, 0)
-    width = max(part.shape[1] for part in parts)
-    wide = [
-        np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=fill) for part in parts
-    ]
-    return np.concatenate(wide)

@@ -29,6 +29,7 @@ from .causal_lm import (
 )
 from .config import BuildConfig
 from .errors import NonFiniteError, StoreError, UsageError
+from .fetch import fetch
 from .packing import Rows
 from .several import loading_options, refuse_offloaded
 from .store import Store
@@ -224,7 +225,7 @@ class TeacherRun:
         # In chunks of positions, so that P x V logits never exist at once.
         chunk = max(CHUNK_ELEMENTS[self.device.type] // self.head.weight_VD.shape[0], 16)
         parts = []
-        for start in range(0, len(hidden_PD), chunk):
+        for start in range(0, max(len(hidden_PD), 1), chunk):
             part = slice(start, start + chunk)
             logits_RV = self.head.logits(hidden_PD[part])
             if use is not None:
@@ -256,21 +257,17 @@ class TeacherRun:
 
     def _fetch(self, launched: _Captured, made: _Made, shard: int) -> None:
         """Add what is kept of each row of a batch to what is made of its shard."""
-        if launched.done is None:
-            parts = [to_numpy(part) for part in launched.parts]
-        else:
+        if launched.done is not None:
             launched.done.synchronize()
-            # Beside the stream in which the next batch runs already.
-            with torch.cuda.stream(self._stream):
-                parts = [to_numpy(part) for part in launched.parts]
-        captured = _joined(parts, len(self.store.manifest["temperatures"]))
+        # Beside the stream in which the next batch runs already.
+        captured = fetch(launched.parts, self._stream)
         self._check(captured, launched)
         kept = captured["count"] >= 0
         totals = made.totals
         totals["positions"] += int(kept.sum())
-        totals["entries"] += int((captured["ids"] >= 0).sum())
+        totals["entries"] += int(captured["count"][kept].sum())
         totals["certain_mass"] += float(
-            np.where(captured["certain"], np.exp(captured["logp"].astype(np.float64)), 0.0).sum()
+            np.exp(captured["logp"][captured["certain"]], dtype=np.float64).sum()
         )
         totals["skipped"] += int((~kept).sum())
         ends = np.searchsorted(launched.at_row, np.arange(len(launched.batch) + 1))
@@ -308,41 +305,3 @@ def capture_options(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """The options of ``capture`` that a teacher's attributes hold."""
     keys = ("estimator", "min_prob", "threshold", "sample_temperature", "top_k", "seed")
     return {key: attributes[key] for key in keys if key in attributes}
-
-
-def _joined(parts: list[dict[str, np.ndarray]], temperatures: int) -> dict[str, np.ndarray]:
-    """Captures of chunks as one, as wide as the widest."""
-    if not parts:
-        none, wide = np.zeros(0, np.float32), np.zeros((0, 1), np.float32)
-        return {
-            "ids": wide.astype(np.int32),
-            "logp": wide,
-            "inclusion": wide,
-            "certain": wide.astype(bool),
-            "count": np.zeros(0, np.int32),
-            "tail": np.zeros((0, temperatures), np.float32),
-            **dict.fromkeys(("entropy", "top1", "gold"), none),
-        }
-    width = max(part["ids"].shape[1] for part in parts)
-    fill = {"ids": -1, "logp": -np.inf, "inclusion": 0, "certain": False}
-    for part in parts:
-        for key, value in fill.items():
-            missing = width - part[key].shape[1]
-            part[key] = np.pad(part[key], ((0, 0), (0, missing)), constant_values=value)
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
-def to_numpy(captured: Capture) -> dict[str, np.ndarray]:
-    """Move what the store keeps to the CPU, cut to the widest support."""
-    width = max(int(captured.count_R.max()) if len(captured.count_R) else 1, 1)
-    return {
-        "ids": captured.ids_RK[:, :width].cpu().numpy(),
-        "logp": captured.logp_RK[:, :width].float().cpu().numpy(),
-        "inclusion": captured.inclusion_RK[:, :width].float().cpu().numpy(),
-        "certain": (captured.inclusion_RK[:, :width] >= 1).cpu().numpy(),
-        "count": captured.count_R.cpu().numpy(),
-        "tail": captured.tail_log_partition_RT.float().cpu().numpy(),
-        "entropy": captured.entropy_R.float().cpu().numpy(),
-        "top1": captured.top1_logp_R.float().cpu().numpy(),
-        "gold": captured.gold_logp_R.float().cpu().numpy(),
-    }
