@@ -17,7 +17,6 @@ from .scalars_triton import sum_kernel
 from .types import DistillSpec, SparseTeacher
 
 IN_PLACE, COPY, NO_GRADIENT = 0, 1, 2  # where the gradient goes
-_NO_LOGITS, _LOGITS_STAY, _LOGITS_GO = 0, 1, 2  # what the plan does with them
 _MODES = {1.0: T_1, 1.5: T_3_2, 2.0: T_2, 3.0: T_3, 4.0: T_4}
 _DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 _TAILS = {"bucket": 0, "renormalise": 1, "none": 2}
@@ -35,6 +34,7 @@ class RowConfig(NamedTuple):
     warps: int
     per_multiprocessor: int  # programs; times warps * 32 * registers at most 65536
     registers: int  # at most, a thread
+    plan_registers: int  # likewise, of the plan's one warp
 
 
 class Row(NamedTuple):
@@ -54,8 +54,8 @@ def choose_config(vocab_size: int, paired: bool) -> RowConfig:
     paired: whether a register holds two elements.
     """
     if INTERPRETED:  # programs run one after the other: none may wait for another
-        return RowConfig(max(triton.next_power_of_2(vocab_size) // 2, 16), 2, 4, 1, 0)
-    return RowConfig(2048 if paired else 1024, 4, 4, 3, 168)
+        return RowConfig(max(triton.next_power_of_2(vocab_size) // 2, 16), 2, 4, 1, 0, 0)
+    return RowConfig(2048 if paired else 1024, 4, 4, 3, 168, 128)
 
 
 def _stride(x: torch.Tensor | None) -> int:
@@ -105,9 +105,9 @@ def _run_plan(
     diagnostics: Sequence[torch.Tensor | None],
     plan: _Plan,
     shared: dict[str, Any],
-    logits: int,
     index_R: torch.Tensor | None,
     softcap: float | None,
+    registers: int,
 ) -> None:
     spec = row.spec
     arguments: list[Any] = []
@@ -131,10 +131,11 @@ def _run_plan(
         SAMPLED=_sampled(row),
         ENTROPY=spec.confidence == "entropy",
         HAS_GOLD=row.gold_R is not None,
-        LOGITS=logits,
+        LOGITS=logits_RV is not None,
         HAS_INDEX=index_R is not None,
         PARTIALS=0 if plan.partial is None else plan.partial.shape[1],
         num_warps=1,  # a row's reductions stay within a warp: no barriers
+        **({"maxnreg": registers} if registers and not INTERPRETED else {}),
     )  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def gate(row: Row, vocab_size: int) -> list[torch.Tensor]:
         shared = _shared_constants(row, num_taboo, T_1, None)
         _run_plan(
             None, vocab_size, num_rows, row, (loss, strategy, js, kd, ce, weight),
-            _Plan(*[None] * 8), shared, _NO_LOGITS, None, None,
+            _Plan(*[None] * 8), shared, None, None, 0,
         )  # fmt: skip
     return [strategy, js, weight]
 
@@ -208,8 +209,8 @@ def launch(
         new(2 * padded, torch.int64),
     )
     _run_plan(
-        logits_RV, vocab_size, num_rows, row, diagnostics, plan, shared,
-        _LOGITS_GO if out == IN_PLACE else _LOGITS_STAY, index_R, softcap,
+        logits_RV, vocab_size, num_rows, row, diagnostics, plan, shared, index_R, softcap,
+        config.plan_registers,
     )  # fmt: skip
     launched: dict[str, Any] = {"num_warps": config.warps}
     if not INTERPRETED:

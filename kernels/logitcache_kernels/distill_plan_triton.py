@@ -6,9 +6,9 @@ row itself, and of the plan a list of entries and sixteen numbers.
 
 The list holds teacher 1's ids, then what teacher 2 has besides where the teachers are blended; its
 logits z, its target P. Gold and taboo ids stand beside it. All of these are *left out* of the sums
-over the row: they are overwritten by -inf there (in place by this kernel, in a copy by the other),
-so that the tail's mass and 1 - q'(gold) are never a difference of nearly equal numbers. Taboo ids
-under taboo="neutral" leave the student by the same means.
+over the row: the other kernel overwrites them by -inf there, slice by slice just before it reads
+it, so that the tail's mass and 1 - q'(gold) are never a difference of nearly equal numbers. Taboo
+ids under taboo="neutral" leave the student by the same means.
 
 With m the largest gathered logit, e = exp((z - m) / T) and e' = exp(z - m), the numbers are
 
@@ -30,7 +30,6 @@ import triton.language as tl
 from .distill_taboo_triton import (
     taboo_flags,
     taboo_gather,
-    taboo_leave_out,
     taboo_sums,
     taboo_top,
 )
@@ -78,7 +77,7 @@ def plan_kernel(
     TAIL: tl.constexpr,  # 0 bucket, 1 renormalise, 2 none (and sampled)
     KIND: tl.constexpr,  # 0 forward, 1 reverse, 2 jsd
     HAS_R: tl.constexpr, MODE: tl.constexpr, SOFTCAP: tl.constexpr,
-    LOGITS: tl.constexpr,  # 0 there are none yet: gate only; 1 they stay; 2 overwrite in place
+    LOGITS: tl.constexpr,  # whether there are any yet; else the gate alone
     HAS_INDEX: tl.constexpr,  # logits row i belongs to position index[i]
     PARTIALS: tl.constexpr,  # words of partial_ptr a row, to be set to "nothing yet"
 ):  # fmt: skip
@@ -104,7 +103,7 @@ def plan_kernel(
             ids2_ptr, logp2_ptr, inclusion2_ptr, position, ids2_stride, logp2_stride,
             inclusion2_stride, K2, V, KP, SAMPLED, -2,
         )  # fmt: skip
-    if LOGITS != 0:
+    if LOGITS:
         # On their way while the gate is computed, wanted or not.
         row = z_ptr + i * z_stride
         z1 = tl.load(row + ids1, mask=ids1 >= 0, other=minus_inf).to(tl.float32)
@@ -135,7 +134,7 @@ def plan_kernel(
     tl.store(strategy_ptr + position, strategy.to(tl.int8))
     tl.store(js_ptr + position, js)
     tl.store(weight_ptr + position, weight)
-    if LOGITS != 0:
+    if LOGITS:
         tl.store(kind_ptr + i, strategy.to(tl.int8))
         if strategy == 3:
             tl.store(loss_ptr + position, 0.0)
@@ -173,14 +172,7 @@ def plan_kernel(
                     z1 = tl.where(taboo1, minus_inf, z1)
                     if TEACHERS == 2:
                         z2 = tl.where(taboo2, minus_inf, z2)
-            tl.debug_barrier()  # all have been read
-            if LOGITS == 2:
-                tl.store(row + ids1, minus_inf, mask=ids1 >= 0)
-                if TEACHERS == 2:
-                    tl.store(row + ids2, minus_inf, mask=use2)
-                tl.store(row + gold, minus_inf, mask=gold_alone)
-                if TABOO:
-                    taboo_leave_out(row, 0, V, taboo_ptr, first_taboo, last_taboo, V, TB)
+                tl.debug_barrier()  # slots are there
 
             # Sums of the student's powers over them.
             top = z1

@@ -85,44 +85,47 @@ def _list(row, list_ids_ptr, list_z_ptr, list_p_ptr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _left_out(row, list_ids_ptr, numbers_ptr, WIDTH: tl.constexpr):
+    """What a row's sums leave out: the list's ids, and gold where it stands in no list (else -1).
+    Rubbish of a position without loss."""
+    ids = tl.load(list_ids_ptr + row * WIDTH + tl.arange(0, WIDTH))
+    gold = tl.load(numbers_ptr + row * NUMBERS + GOLD_ID)
+    alone = tl.load(numbers_ptr + row * NUMBERS + GOLD_T)
+    return ids, tl.where(alone >= 0.0, gold, -1.0).to(tl.int32)
+
+
+@triton.jit
 def _fetch(
-    item, row, strategy, x_ptr, work_x_ptr, work_ptr, index_ptr, x_stride, work_x_stride,
-    work_stride, x_size, x_end, numbers_ptr, list_ids_ptr, taboo_ptr, taboo_stride, NT, V,
-    WIDTH: tl.constexpr, TB: tl.constexpr, TABOO: tl.constexpr, OUT: tl.constexpr,
-    HAS_INDEX: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
-    FORMAT: tl.constexpr,
+    item, row, strategy, left_out, gold, x_ptr, work_x_ptr, work_ptr, index_ptr, x_stride,
+    work_x_stride, work_stride, x_size, x_end, taboo_ptr, taboo_stride, NT, V,
+    TB: tl.constexpr, TABOO: tl.constexpr, OUT: tl.constexpr, HAS_INDEX: tl.constexpr,
+    C: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """An item's slice, without what the plan has of it."""
+    """An item's slice, without left_out and gold, which are overwritten in memory."""
     begin = (item % C) * x_size
     left = tl.where(strategy != 3, x_end - begin, 0)  # nothing of a position without loss
-    x = load_slice(x_ptr + row * x_stride + begin, x_size, left, TILES, BLOCK, FORMAT)
+    work_x, work = _work(
+        work_x_ptr, work_ptr, row, item, work_x_stride, work_stride, x_size, C, OUT, FORMAT
+    )
     if OUT != 0:
         # The logits stay: a copy loses what the plan has, and is where the gradient goes.
-        work_x, work = _work(
-            work_x_ptr, work_ptr, row, item, work_x_stride, work_stride, x_size, C, OUT, FORMAT
-        )
+        x = load_slice(x_ptr + row * x_stride + begin, x_size, left, TILES, BLOCK, FORMAT)
         tl.debug_barrier()  # a scratch is read to its end before it is used again
         for tile in tl.static_range(TILES):
             store_tile(work_x, x_size, left, tile, x[tile], BLOCK)
-        first = begin if FORMAT == 0 else 2 * begin
-        last = first + (x_size if FORMAT == 0 else 2 * x_size)
-        last = tl.where(strategy != 3, tl.minimum(last, V), 0)
-        entry = tl.arange(0, WIDTH)
-        some = tl.where(strategy != 3, WIDTH, 0)
-        ids = tl.load(list_ids_ptr + row * WIDTH + entry, mask=entry < some, other=-1)
-        gold = tl.load(numbers_ptr + row * NUMBERS + GOLD_ID, mask=last > 0, other=-1.0)
-        alone = tl.load(numbers_ptr + row * NUMBERS + GOLD_T, mask=last > 0, other=-1.0)
-        gold = tl.where(alone >= 0.0, gold.to(tl.int32), -1)
         tl.debug_barrier()
-        tl.store(work + ids, float("-inf"), mask=(ids >= first) & (ids < last))
-        tl.store(work + gold, float("-inf"), mask=(gold >= first) & (gold < last))
-        if TABOO:
-            position = _position(row, index_ptr, HAS_INDEX)
-            from_taboo = position * taboo_stride
-            taboo_leave_out(work, first, last, taboo_ptr, from_taboo, from_taboo + NT, V, TB)
-        tl.debug_barrier()
-        x = load_slice(work_x, x_size, left, TILES, BLOCK, FORMAT)
-    return x
+    first = begin if FORMAT == 0 else 2 * begin
+    last = first + (x_size if FORMAT == 0 else 2 * x_size)
+    last = tl.where(strategy != 3, tl.minimum(last, V), 0)
+    minus_inf = float("-inf")
+    tl.store(work + left_out, minus_inf, mask=(left_out >= first) & (left_out < last))
+    tl.store(work + gold, minus_inf, mask=(gold >= first) & (gold < last))
+    if TABOO:
+        position = _position(row, index_ptr, HAS_INDEX)
+        from_taboo = position * taboo_stride
+        taboo_leave_out(work, first, last, taboo_ptr, from_taboo, from_taboo + NT, V, TB)
+    tl.debug_barrier()
+    return load_slice(work_x, x_size, left, TILES, BLOCK, FORMAT)
 
 
 @triton.jit
@@ -178,12 +181,14 @@ def rows_kernel(
     size = x_size if FORMAT == 0 else 2 * x_size
     row, strategy = _kind(program, num_rows, kind_ptr, C)
     shift = tl.load(numbers_ptr + row * NUMBERS + SHIFT)
+    left_out, gold_out = _left_out(row, list_ids_ptr, numbers_ptr, WIDTH)
     x = _fetch(
-        program, row, strategy, x_ptr, work_x_ptr, work_ptr, index_ptr, x_stride, work_x_stride,
-        work_stride, x_size, x_end, numbers_ptr, list_ids_ptr, taboo_ptr, taboo_stride, NT, V,
-        WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK, FORMAT,
+        program, row, strategy, left_out, gold_out, x_ptr, work_x_ptr, work_ptr, index_ptr,
+        x_stride, work_x_stride, work_stride, x_size, x_end, taboo_ptr, taboo_stride, NT, V,
+        TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK, FORMAT,
     )  # fmt: skip
     row_next, strategy_next = _kind(program + programs, num_rows, kind_ptr, C)
+    left_out, gold_out = _left_out(row_next, list_ids_ptr, numbers_ptr, WIDTH)
     # Values of their own: names that begin as one value would stay one in the loop.
     row_before = tl.zeros((), tl.int64)
     strategy_before = tl.full((), 3, tl.int32)
@@ -231,14 +236,14 @@ def rows_kernel(
         # Now that nothing is waited for any more, all that the next turn needs is asked for. (A
         # processor tells loads apart only roughly: a wait for any of them would be one for all.)
         x_next = _fetch(
-            item + programs, row_next, strategy_next, x_ptr, work_x_ptr, work_ptr, index_ptr,
-            x_stride, work_x_stride, work_stride, x_size, x_end, numbers_ptr, list_ids_ptr,
-            taboo_ptr, taboo_stride, NT, V, WIDTH, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK,
-            FORMAT,
+            item + programs, row_next, strategy_next, left_out, gold_out, x_ptr, work_x_ptr,
+            work_ptr, index_ptr, x_stride, work_x_stride, work_stride, x_size, x_end, taboo_ptr,
+            taboo_stride, NT, V, TB, TABOO, OUT, HAS_INDEX, C, TILES, BLOCK, FORMAT,
         )  # fmt: skip
         ids_next, z_next, p_next = _list(row, list_ids_ptr, list_z_ptr, list_p_ptr, WIDTH)
         shift_next = tl.load(numbers_ptr + row_next * NUMBERS + SHIFT)
         row_later, strategy_later = _kind(item + 2 * programs, num_rows, kind_ptr, C)
+        left_out, gold_out = _left_out(row_later, list_ids_ptr, numbers_ptr, WIDTH)
 
         item_before = tl.maximum(item - programs, 0)
         part = item_before % C
