@@ -19,11 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-ROOT = Path(__file__).resolve().parent.parent
 MUST, AIM = 1.05, 1.02  # build over forward
-SPREAD = 4.0  # of real teachers' logits
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,11 +62,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from logitcache.writing import create_store, create_teacher
 
     from .common import machine
+    from .models import write_text
 
     options.work.mkdir(parents=True, exist_ok=True)
-    teacher = options.teacher or _made(options.work / "teacher")
+    teacher = options.teacher or _made(options)
     data = options.work / "data.jsonl"
-    _write_text(teacher, data, options.tokens)
+    write_text(teacher, data, options.tokens)
     out = options.work / "store"
     config = BuildConfig(
         teacher1=teacher,
@@ -134,55 +131,16 @@ def _seconds(function: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def _made(folder: Path) -> Path:
-    """A model of Qwen2.5-1.5B's shape with random weights and the bundled tokenizer."""
+def _made(options: argparse.Namespace) -> Path:
+    """A model of Qwen2.5-1.5B's shape."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from logitcache.tokenise import load_tokenizer
+    from .models import make_model, save_model
 
-    if (folder / "config.json").exists():
-        return folder
-    config = Qwen2Config(
-        vocab_size=151936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    with torch.no_grad():  # normalised hidden states have a length of sqrt(1536)
-        model.lm_head.weight.normal_(0.0, SPREAD / config.hidden_size**0.5)
-    model.save_pretrained(folder)
-    tokenizer = load_tokenizer(ROOT / "distill" / "bundled" / "teacher1")
-    missing = [f"<unused{number}>" for number in range(config.vocab_size - len(tokenizer))]
-    tokenizer.add_tokens(missing)  # so that the store keeps ids of the whole vocabulary
-    tokenizer.save_pretrained(folder)
+    folder: Path = options.work / "teacher"
+    if not (folder / "tokenizer.json").exists():
+        save_model(make_model("1.5B", torch.bfloat16, torch.device(options.device)), folder)
     return folder
-
-
-def _write_text(teacher: Path, path: Path, tokens: int) -> None:
-    """The bundled text, again and again in other orders, until there are enough tokens."""
-    from logitcache.documents import read_documents
-    from logitcache.tokenise import load_tokenizer
-
-    tokenizer = load_tokenizer(teacher)
-    source = ROOT / "distill" / "bundled" / "text" / "corpus.jsonl"
-    texts = [document.text or "" for document in read_documents((source,))]
-    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
-    random, lines, left = np.random.default_rng(0), [], tokens
-    while left > 0:
-        for number in random.permutation(len(texts)):
-            lines.append(json.dumps({"text": texts[number]}))
-            left -= lengths[number]
-            if left <= 0:
-                break
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,44 +13,10 @@ import torch.nn.functional as F
 
 from logitcache.causal_lm import Head, hidden_states
 
-from .store_build import ROOT, SPREAD, _write_text
+from .models import make_model, save_model, write_text
 
-# hidden, intermediate, layers, heads, key-value heads, vocabulary; Qwen2's shapes, V of Qwen2.5.
-SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {
-    "135M": (576, 1536, 30, 9, 3, 49152),
-    "0.5B": (896, 4864, 24, 14, 2, 151936),
-    "1.5B": (1536, 8960, 28, 12, 2, 151936),
-    "0.4B teacher": (960, 2560, 32, 15, 5, 49152),
-    "4.6B teacher": (2560, 11008, 40, 20, 4, 151936),
-    "smoke": (16, 32, 2, 2, 1, 2048),
-    "smoke teacher": (32, 32, 2, 2, 1, 2048),
-}
 # About three times the student's weights.
 LARGE = {"135M": "0.4B teacher", "0.5B": "1.5B", "1.5B": "4.6B teacher", "smoke": "smoke teacher"}
-
-
-def make_model(shape: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:
-    """A model of random weights whose logits are as peaked as real ones."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[shape]
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    )
-    torch.manual_seed(seed)
-    with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with torch.no_grad():
-        model.lm_head.weight.normal_(0.0, SPREAD / hidden**0.5)
-    return model
 
 
 def make_folders(work: Path, shape: str, source: Path | None, device: torch.device) -> list[Path]:
@@ -64,19 +30,18 @@ def make_folders(work: Path, shape: str, source: Path | None, device: torch.devi
         return folders
     if source is None:
         model = make_model(shape, torch.bfloat16, device)
-        tokenizer = load_tokenizer(ROOT / "distill" / "bundled" / "teacher1")
-        missing = model.config.vocab_size - len(tokenizer)
-        tokenizer.add_tokens([f"<unused{number}>" for number in range(missing)])
     else:
         model = load_causal_lm(source, torch.bfloat16, device)
-        tokenizer = load_tokenizer(source)
     for number, folder in enumerate(folders):
         with torch.no_grad():
             for parameter in model.parameters():
                 if number and parameter.ndim > 1:
                     parameter += 0.02 * parameter.std() * torch.randn_like(parameter)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if source is None:
+            save_model(model, folder)
+        else:
+            model.save_pretrained(folder)
+            load_tokenizer(source).save_pretrained(folder)
     return folders
 
 
@@ -85,7 +50,7 @@ def make_store(
 ) -> Path:
     from logitcache import build
 
-    _write_text(folders[0], work / "data.jsonl", tokens)
+    write_text(folders[0], work / "data.jsonl", tokens)
     build(
         teacher1=folders[0],
         teacher2=folders[1],

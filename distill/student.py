@@ -158,6 +158,7 @@ def _from_head(
             softcap=head.softcap,
             scale=head.scale,
             chunk=chunk,
+            logits_dtype=_linear_dtype(hidden_RD),
             **shared,
         )
         cross_entropy_R = None
@@ -175,6 +176,15 @@ def _from_head(
             del module.forward
         else:
             module.forward = before
+
+
+def _linear_dtype(hidden_RD: torch.Tensor) -> torch.dtype:
+    """Of what a linear layer makes of hidden states: under autocast these are float32 themselves,
+    and products in float32 would take as long as all the rest of the step."""
+    device = hidden_RD.device.type
+    if hidden_RD.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden_RD.dtype
 
 
 def _result(

@@ -213,7 +213,7 @@ class _Linear(torch.autograd.Function):
                 continue
             gradient = logits.to(head.product_dtype)
             if grad_hidden is not None:
-                if index_R is None and hidden_RD.dtype == head.product_dtype:
+                if index_R is None and hidden_RD.dtype in (head.product_dtype, torch.float32):
                     _product(grad_hidden[start:stop], gradient, weight, 0, head.scale)
                 else:
                     part = hidden.new_empty(hidden.shape)
