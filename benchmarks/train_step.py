@@ -20,20 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# name: numerator, denominator, must, aim, whether less is better
-TARGETS: dict[str, tuple[float, float, str]] = {
-    "step over CE by Liger": (0.85, 0.72, "<="),
-    "step over the fastest CE": (1.05, 1.00, "<="),
-    "online, teachers of its size, over ours": (1.5, 2.0, ">="),
-    "online, teachers three times its size, over ours": (2.2, 3.0, ">="),
-    "peak memory over CE by Liger": (1.06, 1.00, "<="),
-    "peak memory over online": (0.55, 0.45, "<="),
-    "peak memory over CE by Liger, activations recomputed": (1.06, 1.00, "<="),
-    "peak memory over online, activations recomputed": (0.55, 0.45, "<="),
-    "share of the step waiting for data": (0.01, 0.0, "<="),
-    "DistillTrainer over a bare loop": (1.03, 1.01, "<="),
-}
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run, and give the exit code: 6 where a GPU is missing."""
@@ -57,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         options.students, options.rows, options.seq_len = ["smoke"], 2, 32
         options.blocks, options.steps = 1, 1
     from .common import machine
+    from .train_table import table
 
     document: dict[str, Any] = {"machine": machine(), "smoke": options.smoke, "students": {}}
     for student in options.students:
@@ -71,24 +58,6 @@ def main(argv: list[str] | None = None) -> int:
             options.json.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
         print(table(document))
     return 0
-
-
-def table(document: dict[str, Any]) -> str:
-    """Markdown, from the figures alone."""
-    lines = ["| what | must | aim |" + "".join(f" {name} |" for name in document["students"])]
-    lines.append("|---" * (3 + len(document["students"])) + "|")
-    for what, (must, aim, sign) in TARGETS.items():
-        values = [part.get("ratios", {}).get(what) for part in document["students"].values()]
-        cells = "".join(" not measured |" if v is None else f" {v:.3f} |" for v in values)
-        lines.append(f"| {what} | {sign} {must:g} | {sign} {aim:g} |{cells}")
-    for name, part in document["students"].items():
-        if "tokens_per_second" in part:
-            rate = part["tokens_per_second"]
-            lines.append(f"{name}: {rate:,.0f} tokens/s on {part['processes']} processes")
-        exact = part.get("trainer", {}).get("deterministic_over_default")
-        if exact is not None:
-            lines.append(f"{name}: a step with deterministic algorithms takes {exact:.3f} times")
-    return "\n".join(lines)
 
 
 class Measurement:
@@ -139,6 +108,7 @@ class Measurement:
 
         from .models import make_model
         from .train_models import LARGE, cross_entropies, online_loss
+        from .train_table import ratios
 
         spec = DistillSpec(temperature=2.0)
         model = load_causal_lm(self.folders[0], torch.float32, self.device).train()
@@ -155,7 +125,17 @@ class Measurement:
             calls[name] = lambda loss=loss: loss(model, inputs)
         timings = self.timed(calls, model, optimizer)
         dense = online_loss if self.options.smoke else torch.compile(online_loss)
-        for name, shape in (("same size", self.student), ("three times", LARGE[self.student])):
+        variants = {
+            "same size": self.student,
+            "three times": LARGE[self.student],
+            "recomputed": self.student,
+        }
+        for name, shape in variants.items():
+            wanted = {"ours": calls["ours"]}
+            if name == "recomputed":  # activations: last, for it stays so
+                recompute = getattr(model, "activation_checkpointing_enable", None)
+                (recompute or model.gradient_checkpointing_enable)()
+                wanted |= {key: call for key, call in calls.items() if key == "ce liger"}
             with contextlib.suppress(torch.OutOfMemoryError):  # not measured then
                 teachers = [make_model(shape, torch.bfloat16, self.device, n) for n in (1, 2)]
 
@@ -166,16 +146,8 @@ class Measurement:
                     logits_RV = model(**at, use_cache=False).logits.flatten(0, 1)
                     return dense(logits_RV, *given, inputs["labels"].flatten(), spec)
 
-                both = {"ours": calls["ours"], "online": online}
-                found = self.timed(both, model, optimizer)
-                timings[f"online {name}"] = found["online"]
-                timings[f"ours beside online {name}"] = found["ours"]
-                if name == "same size":
-                    model.gradient_checkpointing_enable()
-                    more = both | {k: v for k, v in calls.items() if k == "ce liger"}
-                    found = self.timed(more, model, optimizer, 1)
-                    model.gradient_checkpointing_disable()
-                    timings |= {f"{key}, recomputed": value for key, value in found.items()}
+                found = self.timed(wanted | {"online": online}, model, optimizer)
+                timings |= {f"{key}, {name}": value for key, value in found.items()}
             teachers = []
             online = None  # type: ignore[assignment]
             if self.on_gpu:
@@ -189,11 +161,7 @@ class Measurement:
         }
 
     def timed(
-        self,
-        calls: dict[str, Callable[[], Any]],
-        model: Any,
-        optimizer: Any,
-        blocks: int | None = None,
+        self, calls: dict[str, Callable[[], Any]], model: Any, optimizer: Any
     ) -> dict[str, dict[str, float]]:
         """Milliseconds of a step and peak bytes of each, blocks in turn."""
         import torch
@@ -219,7 +187,7 @@ class Measurement:
                 torch.cuda.reset_peak_memory_stats()
                 block(call, 1)
                 peaks[name] = float(torch.cuda.max_memory_allocated())
-        for _ in range(blocks or self.options.blocks):
+        for _ in range(self.options.blocks):
             for name, call in calls.items():
                 times[name].append(block(call, self.options.steps))
         return {name: _summary(times[name]) | {"peak": peaks.get(name, 0.0)} for name in calls}
@@ -327,36 +295,6 @@ class Measurement:
                 started, before = time.perf_counter(), started
         batches.close()  # type: ignore[attr-defined]
         return (started - before) / (steps - steps // 2)
-
-
-def ratios(timings: dict[str, dict[str, float]]) -> dict[str, float | None]:
-    """The rows of the table that stand in TARGETS, None where something was not measured."""
-
-    def over(one: str, other: str, key: str = "median") -> float | None:
-        if one not in timings or other not in timings or not timings[other][key]:
-            return None
-        return timings[one][key] / timings[other][key]
-
-    peers = [n for n in timings if n.startswith("ce ") and "recomputed" not in n]
-    fastest = min(peers, key=lambda name: timings[name]["median"])
-    return {
-        "step over CE by Liger": over("ours", "ce liger"),
-        "step over the fastest CE": over("ours", fastest),
-        "online, teachers of its size, over ours": over(
-            "online same size", "ours beside online same size"
-        ),
-        "online, teachers three times its size, over ours": over(
-            "online three times", "ours beside online three times"
-        ),
-        "peak memory over CE by Liger": over("ours", "ce liger", "peak"),
-        "peak memory over online": over("ours", "online same size", "peak"),
-        "peak memory over CE by Liger, activations recomputed": over(
-            "ours, recomputed", "ce liger, recomputed", "peak"
-        ),
-        "peak memory over online, activations recomputed": over(
-            "ours, recomputed", "online, recomputed", "peak"
-        ),
-    }
 
 
 def _summary(values: list[float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ Memory: the captures of three batches at most wait or are being fetched, and one
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,9 +37,11 @@ from .store import Store
 from .support import Support, support_of
 from .writing import write_teacher
 
-# Logits of one chunk: capture on a CPU is three times faster when its temporaries fit the cache.
-CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
+# Logits of one chunk: capture on a CPU is three times faster when its temporaries fit the cache; a
+# GPU wants some thousand rows of them (1 GiB in 16 bits).
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**29}
 BATCH_TOKENS = {"cpu": 2**12, "cuda": 2**15}
+_SWITCH_SECONDS = 5e-4
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ class _Behind:
 
     def __enter__(self) -> _Behind:
         self._failed = False
+        # The thread that launches must not wait 5 ms for the interpreter each time it needs it.
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_SECONDS)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
         self._waiting: deque[Future[None]] = deque()
         return self
@@ -99,6 +105,7 @@ class _Behind:
             for future in self._waiting:
                 future.cancel()
         self._pool.shutdown(wait=True)
+        sys.setswitchinterval(self._interval)
         if error is None:
             for future in self._waiting:
                 future.result()

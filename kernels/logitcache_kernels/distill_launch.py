@@ -34,7 +34,6 @@ class RowConfig(NamedTuple):
     warps: int
     per_multiprocessor: int  # programs; times warps * 32 * registers at most 65536
     registers: int  # at most, a thread
-    plan_registers: int  # likewise, of the plan's one warp
 
 
 class Row(NamedTuple):
@@ -54,8 +53,14 @@ def choose_config(vocab_size: int, paired: bool) -> RowConfig:
     paired: whether a register holds two elements.
     """
     if INTERPRETED:  # programs run one after the other: none may wait for another
-        return RowConfig(max(triton.next_power_of_2(vocab_size) // 2, 16), 2, 4, 1, 0, 0)
-    return RowConfig(2048 if paired else 1024, 4, 4, 3, 168, 128)
+        return RowConfig(max(triton.next_power_of_2(vocab_size) // 2, 16), 2, 4, 1, 0)
+    if not paired:
+        return RowConfig(1024, 4, 4, 3, 168)
+    if vocab_size <= 2**16:
+        return RowConfig(1024, 4, 2, 6, 168)
+    if vocab_size <= 32 * 6 * 1024:  # two warps take up 32 slices: Triton 3.6 fails beyond
+        return RowConfig(1024, 6, 2, 4, 255)
+    return RowConfig(2048, 6, 4, 2, 255)
 
 
 def _stride(x: torch.Tensor | None) -> int:
@@ -107,7 +112,6 @@ def _run_plan(
     shared: dict[str, Any],
     index_R: torch.Tensor | None,
     softcap: float | None,
-    registers: int,
 ) -> None:
     spec = row.spec
     arguments: list[Any] = []
@@ -135,7 +139,6 @@ def _run_plan(
         HAS_INDEX=index_R is not None,
         PARTIALS=0 if plan.partial is None else plan.partial.shape[1],
         num_warps=1,  # a row's reductions stay within a warp: no barriers
-        **({"maxnreg": registers} if registers and not INTERPRETED else {}),
     )  # fmt: skip
 
 
@@ -148,7 +151,7 @@ def gate(row: Row, vocab_size: int) -> list[torch.Tensor]:
         shared = _shared_constants(row, num_taboo, T_1, None)
         _run_plan(
             None, vocab_size, num_rows, row, (loss, strategy, js, kd, ce, weight),
-            _Plan(*[None] * 8), shared, None, None, 0,
+            _Plan(*[None] * 8), shared, None, None,
         )  # fmt: skip
     return [strategy, js, weight]
 
@@ -210,7 +213,6 @@ def launch(
     )
     _run_plan(
         logits_RV, vocab_size, num_rows, row, diagnostics, plan, shared, index_R, softcap,
-        config.plan_registers,
     )  # fmt: skip
     launched: dict[str, Any] = {"num_warps": config.warps}
     if not INTERPRETED:

@@ -115,8 +115,8 @@ def plan_kernel(
     js = 0.0
     if TEACHERS == 2:
         logp2_on1, inclusion2_on1, repeated2 = match(
-            ids1, ids2, logp2, inclusion2, ids1_ptr, ids2_ptr, logp2_ptr, inclusion2_ptr,
-            position, ids1_stride, ids2_stride, logp2_stride, inclusion2_stride, K1, K2, V,
+            ids1, ids2, ids1_ptr, ids2_ptr, logp2_ptr, inclusion2_ptr, position,
+            ids1_stride, ids2_stride, logp2_stride, inclusion2_stride, K1, K2, V,
             KP, SAMPLED,
         )  # fmt: skip
         js = agreement(logp1, inclusion1, logp2, inclusion2, logp2_on1, inclusion2_on1, repeated2)

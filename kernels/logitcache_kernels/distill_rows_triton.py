@@ -95,31 +95,13 @@ def _left_out(row, list_ids_ptr, numbers_ptr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _leave_out(
-    item, row, strategy, left_out, gold, work, index_ptr, x_size, taboo_ptr, taboo_stride, NT, V,
-    TB: tl.constexpr, TABOO: tl.constexpr, HAS_INDEX: tl.constexpr, C: tl.constexpr,
-    FORMAT: tl.constexpr,
-):  # fmt: skip
-    """Overwrite in an item's slice, in lines that are read anyway, what the plan has of it."""
-    size = x_size if FORMAT == 0 else 2 * x_size
-    first = (item % C) * size
-    last = tl.where(strategy != 3, tl.minimum(first + size, V), 0)
-    tl.store(work + left_out, float("-inf"), mask=(left_out >= first) & (left_out < last))
-    tl.store(work + gold, float("-inf"), mask=(gold >= first) & (gold < last))
-    if TABOO:
-        position = _position(row, index_ptr, HAS_INDEX)
-        from_taboo = position * taboo_stride
-        taboo_leave_out(work, first, last, taboo_ptr, from_taboo, from_taboo + NT, V, TB)
-
-
-@triton.jit
 def _fetch(
     item, row, strategy, left_out, gold, x_ptr, work_x_ptr, work_ptr, index_ptr, x_stride,
     work_x_stride, work_stride, x_size, x_end, taboo_ptr, taboo_stride, NT, V,
     TB: tl.constexpr, TABOO: tl.constexpr, OUT: tl.constexpr, HAS_INDEX: tl.constexpr,
     C: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """An item's slice, without what is left out; in place the caller has seen to that."""
+    """An item's slice, without left_out and gold, which are overwritten in memory."""
     begin = (item % C) * x_size
     left = tl.where(strategy != 3, x_end - begin, 0)  # nothing of a position without loss
     work_x, work = _work(
@@ -132,11 +114,17 @@ def _fetch(
         for tile in tl.static_range(TILES):
             store_tile(work_x, x_size, left, tile, x[tile], BLOCK)
         tl.debug_barrier()
-        _leave_out(
-            item, row, strategy, left_out, gold, work, index_ptr, x_size, taboo_ptr,
-            taboo_stride, NT, V, TB, TABOO, HAS_INDEX, C, FORMAT,
-        )  # fmt: skip
-        tl.debug_barrier()
+    # In place: in lines that are read anyway.
+    first = begin if FORMAT == 0 else 2 * begin
+    last = tl.minimum(first + (x_size if FORMAT == 0 else 2 * x_size), V)
+    last = tl.where(strategy != 3, last, 0)
+    tl.store(work + left_out, float("-inf"), mask=(left_out >= first) & (left_out < last))
+    tl.store(work + gold, float("-inf"), mask=(gold >= first) & (gold < last))
+    if TABOO:
+        position = _position(row, index_ptr, HAS_INDEX)
+        from_taboo = position * taboo_stride
+        taboo_leave_out(work, first, last, taboo_ptr, from_taboo, from_taboo + NT, V, TB)
+    tl.debug_barrier()
     return load_slice(work_x, x_size, left, TILES, BLOCK, FORMAT)
 
 
@@ -194,12 +182,6 @@ def rows_kernel(
     row, strategy = _kind(program, num_rows, kind_ptr, C)
     shift = tl.load(numbers_ptr + row * NUMBERS + SHIFT)
     left_out, gold_out = _left_out(row, list_ids_ptr, numbers_ptr, WIDTH)
-    if OUT == 0:
-        _leave_out(
-            program, row, strategy, left_out, gold_out, work_ptr + row * work_stride, index_ptr,
-            x_size, taboo_ptr, taboo_stride, NT, V, TB, TABOO, HAS_INDEX, C, FORMAT,
-        )  # fmt: skip
-        tl.debug_barrier()
     x = _fetch(
         program, row, strategy, left_out, gold_out, x_ptr, work_x_ptr, work_ptr, index_ptr,
         x_stride, work_x_stride, work_stride, x_size, x_end, taboo_ptr, taboo_stride, NT, V,
@@ -233,14 +215,6 @@ def rows_kernel(
             mass = tl.load(numbers + MASS)
             value = tl.load(numbers + VALUE)
         position = _position(row_before, index_ptr, HAS_INDEX)
-        if OUT == 0:
-            # Of the next slice; all threads have done so when the reduction, which waits for all
-            # warps (more than one), is over.
-            _leave_out(
-                item + programs, row_next, strategy_next, left_out, gold_out,
-                work_ptr + row_next * work_stride, index_ptr, x_size, taboo_ptr, taboo_stride, NT,
-                V, TB, TABOO, HAS_INDEX, C, FORMAT,
-            )  # fmt: skip
         sum_T, sum_1 = total(acc_T, acc_1, MODE)
         if strategy != 3:
             begin = (item % C) * x_size

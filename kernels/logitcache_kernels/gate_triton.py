@@ -8,7 +8,7 @@ to be read):
 
 The union is never built: list 1 is taken whole, with what teacher 2 gives its ids; of list 2 only
 what is not in list 1 remains, and there m = p2 / 2, so each such entry adds p2. Both come from one
-K1 x K2 table of equal ids (in slices where it would not fit into registers).
+K1 x K2 table of equal ids, in slices.
 
 Bytes moved per row: (4 + 2 + 2) K of each teacher at most, and 20 of results.
 """
@@ -18,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Up to this many pairs of ids stay in registers at once; larger tables are taken in slices.
-_WHOLE_TABLE = tl.constexpr(128 * 128)
+# Of the table of equal ids: all of it at once would take a third of a processor's registers from
+# the programs that hide one another's waits (77 instead of 158 a thread at K = 64).
 _SLICE = tl.constexpr(32)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -60,7 +60,7 @@ def load_teacher(
 
 @triton.jit
 def match(
-    ids1, ids2, logp2, inclusion2, ids1_ptr, ids2_ptr, logp2_ptr, inclusion2_ptr, row,
+    ids1, ids2, ids1_ptr, ids2_ptr, logp2_ptr, inclusion2_ptr, row,
     ids1_stride, ids2_stride, logp2_stride, inclusion2_stride, K1, K2, V,
     KP: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
@@ -68,36 +68,27 @@ def match(
 
     Tables are reduced along their first axis, which a thread holds whole: no data moves.
     """
-    inclusion2_on1 = tl.full([KP], 1.0, tl.float32)
-    if KP * KP <= _WHOLE_TABLE:
-        equal = ids2[:, None] == ids1[None, :]
-        logp2_on1 = tl.max(tl.where(equal, logp2[:, None], float("-inf")), 0)
+    logp2_on1 = tl.full([KP], float("-inf"), tl.float32)
+    inclusion2_on1 = tl.zeros([KP], tl.float32)
+    for start in range(0, K2, _SLICE):
+        at, end = row * ids2_stride + start, row * ids2_stride + K2
+        ids = load_ids(ids2_ptr, at, end, V, _SLICE, -2)
+        equal = ids[:, None] == ids1[None, :]
+        at, end = row * logp2_stride + start, row * logp2_stride + K2
+        part = load_floats(logp2_ptr, at, end, ids >= 0, float("-inf"), _SLICE)
+        part = tl.max(tl.where(equal, part[:, None], float("-inf")), 0)
+        logp2_on1 = tl.maximum(logp2_on1, part)
         if SAMPLED:
-            inclusion2_on1 = tl.max(tl.where(equal, inclusion2[:, None], 0.0), 0)
-        repeated2 = tl.max((ids1[:, None] == ids2[None, :]).to(tl.int32), 0)
-    else:
-        logp2_on1 = tl.full([KP], float("-inf"), tl.float32)
-        if SAMPLED:
-            inclusion2_on1 = tl.full([KP], 0.0, tl.float32)
-        for start in range(0, K2, _SLICE):
-            at, end = row * ids2_stride + start, row * ids2_stride + K2
-            ids = load_ids(ids2_ptr, at, end, V, _SLICE, -2)
-            equal = ids[:, None] == ids1[None, :]
-            at, end = row * logp2_stride + start, row * logp2_stride + K2
-            part = load_floats(logp2_ptr, at, end, ids >= 0, float("-inf"), _SLICE)
-            part = tl.max(tl.where(equal, part[:, None], float("-inf")), 0)
-            logp2_on1 = tl.maximum(logp2_on1, part)
-            if SAMPLED:
-                at, end = row * inclusion2_stride + start, row * inclusion2_stride + K2
-                part = load_floats(inclusion2_ptr, at, end, ids >= 0, 1.0, _SLICE)
-                part = tl.max(tl.where(equal, part[:, None], 0.0), 0)
-                inclusion2_on1 = tl.maximum(inclusion2_on1, part)
-        repeated2 = tl.zeros([KP], tl.int32)
-        for start in range(0, K1, _SLICE):
-            at, end = row * ids1_stride + start, row * ids1_stride + K1
-            ids = load_ids(ids1_ptr, at, end, V, _SLICE, -1)
-            equal = ids[:, None] == ids2[None, :]
-            repeated2 = tl.maximum(repeated2, tl.max(equal.to(tl.int32), 0))
+            at, end = row * inclusion2_stride + start, row * inclusion2_stride + K2
+            part = load_floats(inclusion2_ptr, at, end, ids >= 0, 1.0, _SLICE)
+            part = tl.max(tl.where(equal, part[:, None], 0.0), 0)
+            inclusion2_on1 = tl.maximum(inclusion2_on1, part)
+    repeated2 = tl.zeros([KP], tl.int32)
+    for start in range(0, K1, _SLICE):
+        at, end = row * ids1_stride + start, row * ids1_stride + K1
+        ids = load_ids(ids1_ptr, at, end, V, _SLICE, -1)
+        equal = ids[:, None] == ids2[None, :]
+        repeated2 = tl.maximum(repeated2, tl.max(equal.to(tl.int32), 0))
     inclusion2_on1 = tl.where(inclusion2_on1 > 0.0, inclusion2_on1, 1.0)
     return logp2_on1, inclusion2_on1, repeated2
 

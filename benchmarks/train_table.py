@@ -1,0 +1,65 @@
+"""What benchmarks.train_step wants of its figures, and the table it prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# name: numerator, denominator, must, aim, whether less is better
+TARGETS: dict[str, tuple[float, float, str]] = {
+    "step over CE by Liger": (0.85, 0.72, "<="),
+    "step over the fastest CE": (1.05, 1.00, "<="),
+    "online, teachers of its size, over ours": (1.5, 2.0, ">="),
+    "online, teachers three times its size, over ours": (2.2, 3.0, ">="),
+    "peak memory over CE by Liger": (1.06, 1.00, "<="),
+    "peak memory over online": (0.55, 0.45, "<="),
+    "peak memory over CE by Liger, activations recomputed": (1.06, 1.00, "<="),
+    "peak memory over online, activations recomputed": (0.55, 0.45, "<="),
+    "share of the step waiting for data": (0.01, 0.0, "<="),
+    "DistillTrainer over a bare loop": (1.03, 1.01, "<="),
+}
+
+
+def table(document: dict[str, Any]) -> str:
+    """Markdown, from the figures alone."""
+    lines = ["| what | must | aim |" + "".join(f" {name} |" for name in document["students"])]
+    lines.append("|---" * (3 + len(document["students"])) + "|")
+    for what, (must, aim, sign) in TARGETS.items():
+        values = [part.get("ratios", {}).get(what) for part in document["students"].values()]
+        cells = "".join(" not measured |" if v is None else f" {v:.3f} |" for v in values)
+        lines.append(f"| {what} | {sign} {must:g} | {sign} {aim:g} |{cells}")
+    for name, part in document["students"].items():
+        if "tokens_per_second" in part:
+            rate = part["tokens_per_second"]
+            lines.append(f"{name}: {rate:,.0f} tokens/s on {part['processes']} processes")
+        exact = part.get("trainer", {}).get("deterministic_over_default")
+        if exact is not None:
+            lines.append(f"{name}: a step with deterministic algorithms takes {exact:.3f} times")
+    return "\n".join(lines)
+
+
+def ratios(timings: dict[str, dict[str, float]]) -> dict[str, float | None]:
+    """The rows of the table that stand in TARGETS, None where something was not measured."""
+
+    def over(one: str, other: str, key: str = "median") -> float | None:
+        if one not in timings or other not in timings or not timings[other][key]:
+            return None
+        return timings[one][key] / timings[other][key]
+
+    peers = [name for name in timings if name.startswith("ce ") and "," not in name]
+    fastest = min(peers, key=lambda name: timings[name]["median"])
+    return {
+        "step over CE by Liger": over("ours", "ce liger"),
+        "step over the fastest CE": over("ours", fastest),
+        "online, teachers of its size, over ours": over("online, same size", "ours, same size"),
+        "online, teachers three times its size, over ours": over(
+            "online, three times", "ours, three times"
+        ),
+        "peak memory over CE by Liger": over("ours", "ce liger", "peak"),
+        "peak memory over online": over("ours", "online, same size", "peak"),
+        "peak memory over CE by Liger, activations recomputed": over(
+            "ours, recomputed", "ce liger, recomputed", "peak"
+        ),
+        "peak memory over online, activations recomputed": over(
+            "ours, recomputed", "online, recomputed", "peak"
+        ),
+    }
