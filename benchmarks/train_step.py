@@ -4,7 +4,8 @@ The same student, data, batch and optimizer (fp32 weights, bf16 autocast, clippi
 with our loss from a store, with cross entropy alone by whoever is fastest there, and with two
 teachers in memory: times in turn, a block of steps each, and peak memory. Then what DistillTrainer
 adds to a bare loop of the same operations, and how long it waits for data. Under torchrun: tokens/s
-of DistillTrainer on all processes. --smoke: tiny shapes, on a CPU too.
+of DistillTrainer on all processes. --compile: the decoders of all of these by torch.compile.
+--smoke: tiny shapes, on a CPU too.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4, help="steps in a block")
     parser.add_argument("--work", type=Path, default=Path("build") / "benchmark-train")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--compile", action="store_true", help="compiled decoders")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, any device")
     options = parser.parse_args(argv)
     import torch
@@ -45,7 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     from .common import machine
     from .train_table import table
 
-    document: dict[str, Any] = {"machine": machine(), "smoke": options.smoke, "students": {}}
+    document: dict[str, Any] = {
+        "machine": machine(),
+        "smoke": options.smoke,
+        "compiled": options.compile,
+        "students": {},
+    }
     for student in options.students:
         try:
             figures = Measurement(options, student).run()
@@ -79,7 +86,9 @@ class Measurement:
         if local == 0:
             work.mkdir(parents=True, exist_ok=True)
             self.folders = make_folders(work, student, source, self.device)
-            tokens = options.rows * options.seq_len * (options.steps + 1) * 8
+            # An epoch is longer than a run: at its end a feed starts anew, and is waited for.
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            tokens = options.rows * options.seq_len * (options.steps + 1) * 8 * processes
             make_store(work, self.folders, tokens, options.seq_len, self.device)
         made = work / f"made-{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}"
         if local == 0:
@@ -112,6 +121,8 @@ class Measurement:
 
         spec = DistillSpec(temperature=2.0)
         model = load_causal_lm(self.folders[0], torch.float32, self.device).train()
+        if self.options.compile:
+            model.get_decoder().compile()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         feed = Feed(open_store(self.store), spec.temperature, self.device, 0)
         inputs = next(feed.inputs([list(range(self.options.rows))]))
@@ -138,6 +149,8 @@ class Measurement:
                 wanted |= {key: call for key, call in calls.items() if key == "ce liger"}
             with contextlib.suppress(torch.OutOfMemoryError):  # not measured then
                 teachers = [make_model(shape, torch.bfloat16, self.device, n) for n in (1, 2)]
+                for teacher in teachers if self.options.compile else ():
+                    teacher.get_decoder().compile()
 
                 def online(teachers: list[Any] = teachers) -> Any:
                     at = {key: inputs[key] for key in ("input_ids", "position_ids")}
@@ -242,6 +255,7 @@ class Measurement:
             "logging_steps": steps * 2,
             "learning_rate": 1e-6,
             "use_cpu": not self.on_gpu,
+            "torch_compile": self.options.compile,
             **more,
         }
         out = self.options.work / self.student / "run"
@@ -272,6 +286,8 @@ class Measurement:
 
         trainer = self._make_trainer(steps)
         model, feed, average = trainer._core.train(), trainer._feed, None
+        if self.options.compile:
+            model.compile()
         optimizer = trainer.create_optimizer()
         from distill.ema import WeightAverage
 

@@ -1,12 +1,12 @@
 """One teacher's pass over the rows: forward and capture; behind them, in a thread of its own, what
-was captured is fetched, encoded and written, shard by shard, while the next batch runs.
+was captured is fetched, and behind that shards are encoded and written, while the next batch runs.
 
-Memory: the captures of three batches at most wait or are being fetched, and one shard's supports.
+Memory: the captures of three batches at most wait or are being fetched, and the supports of two
+shards, of which one is being written.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,7 +41,6 @@ from .writing import write_teacher
 # GPU wants some thousand rows of them (1 GiB in 16 bits).
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**29}
 BATCH_TOKENS = {"cpu": 2**12, "cuda": 2**15}
-_SWITCH_SECONDS = 5e-4
 
 
 @dataclass(frozen=True)
@@ -69,20 +68,20 @@ class _Made:
 
 
 class _Behind:
-    """A thread that does one thing after the other, up to the first that fails; at most two wait.
-    Its errors come out here."""
+    """A thread that does one thing after the other, up to the first that fails; ``most`` may wait
+    or be under way when the next is given to it. Its errors come out here."""
+
+    def __init__(self, name: str, most: int):
+        self._name, self._most = name, most
 
     def __enter__(self) -> _Behind:
         self._failed = False
-        # The thread that launches must not wait 5 ms for the interpreter each time it needs it.
-        self._interval = sys.getswitchinterval()
-        sys.setswitchinterval(_SWITCH_SECONDS)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=self._name)
         self._waiting: deque[Future[None]] = deque()
         return self
 
     def do(self, action: Callable[..., None], *arguments: Any) -> None:
-        while len(self._waiting) > 2 or (self._waiting and self._waiting[0].done()):
+        while len(self._waiting) > self._most or (self._waiting and self._waiting[0].done()):
             self._waiting.popleft().result()
         self._waiting.append(self._pool.submit(self._do, action, *arguments))
 
@@ -105,7 +104,6 @@ class _Behind:
             for future in self._waiting:
                 future.cancel()
         self._pool.shutdown(wait=True)
-        sys.setswitchinterval(self._interval)
         if error is None:
             for future in self._waiting:
                 future.result()
@@ -165,7 +163,7 @@ class TeacherRun:
 
     def shards(self, shards: Sequence[int], stopped: Callable[[], bool]) -> int:
         """Run the teacher over shards and commit each; how many, if stopped before the last."""
-        with _Behind() as behind:
+        with _Behind("store-writer", 0) as writer, _Behind("store-fetcher", 2) as fetcher:
             for number, shard in enumerate(shards):
                 made = _Made()
                 for batch in self.batches(*self.store.ranges[shard]):
@@ -174,9 +172,9 @@ class TeacherRun:
                     if not self.writes:
                         self.forward(batch)
                         continue
-                    behind.do(self._fetch, self.forward(batch, self._capture), made, shard)
+                    fetcher.do(self._fetch, self.forward(batch, self._capture), made, shard)
                 if self.writes:
-                    behind.do(self._commit, shard, made)
+                    fetcher.do(writer.do, self._commit, shard, made)
         return len(shards)
 
     def supports(

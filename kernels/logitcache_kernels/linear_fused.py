@@ -186,8 +186,6 @@ class _Linear(torch.autograd.Function):
             hidden = hidden_RD.detach().index_select(0, kept.index_R[:lead]).to(head.product_dtype)
             _logits(buffer[:lead, :vocab_size], hidden, weight, bias_V, head)
         num_rows, index_R = kept.wait()
-        if num_rows > chunk:  # fewer than planned for, as the gate left some out: equal chunks
-            chunk = min(chunk, _even(num_rows, triton.cdiv(num_rows, chunk)))
         grad_weight = grad_bias = None
         if wants[1]:
             # One product fills it; several are summed in float32.
