@@ -26,7 +26,7 @@ from logitcache import build, open_store
 from logitcache.causal_lm import load_causal_lm
 from logitcache.errors import NonFiniteError, StoreError, UsageError
 from logitcache.tokenise import load_tokenizer
-from logitcache_kernels import DistillSpec, SparseTeacher, distill_loss
+from logitcache_kernels import DistillSpec, SparseTeacher, distill_loss, linear_distill_loss
 
 CPU = torch.device("cpu")
 SETTINGS = {
@@ -184,6 +184,27 @@ def test_gradient_accumulation_gives_the_gradients_of_one_batch(work: Path, tmp_
     )
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_under_autocast_the_loss_computes_in_the_dtype_of_a_linear_layer(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The residual stream of float32 weights is float32 under autocast too."""
+    asked: list[object] = []
+
+    def spy(*args: object, **kwargs: object) -> object:
+        asked.append(kwargs["logits_dtype"])
+        return linear_distill_loss(*args, **kwargs)
+
+    monkeypatch.setattr("distill.student.linear_distill_loss", spy)
+    model = load_causal_lm(work / "one", torch.float32, CPU)
+    attach_loss(model, DistillSpec(temperature=1.5))
+    inputs = to_inputs(open_store(work / "sampled")[[0, 1]], 1.5)
+    plain = model(**inputs)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model(**inputs)["loss"]
+    assert asked == [torch.float32, torch.bfloat16]
+    assert float(cast) == pytest.approx(float(plain), rel=2e-2)
 
 
 # The name that every transformers 5 knows; from 5.23 on it is announced to be renamed.
