@@ -204,7 +204,7 @@ def test_under_autocast_the_loss_computes_in_the_dtype_of_a_linear_layer(
     with torch.autocast("cpu", torch.bfloat16):
         cast = model(**inputs)["loss"]
     assert asked == [torch.float32, torch.bfloat16]
-    assert float(cast) == pytest.approx(float(plain), rel=2e-2)
+    assert cast.item() == pytest.approx(plain.item(), rel=2e-2)
 
 
 # The name that every transformers 5 knows; from 5.23 on it is announced to be renamed.
