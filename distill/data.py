@@ -92,7 +92,7 @@ def row_loader(order: RowOrder) -> DataLoader[int]:
 class Feed:
     """Turns lists of row numbers into inputs of the student on its device.
 
-    Threads read and decode ahead of their use. For a GPU they also pin what they made, and the
+    Threads read and decode ahead of their use. For a GPU they decode into pinned memory, and the
     next batch is copied by a stream of its own while the step before it computes.
     """
 
@@ -108,7 +108,10 @@ class Feed:
         self.reader, self.temperature, self.device = reader, temperature, device
         self.workers = workers
         self.seconds_waited = 0.0  # in which the training loop had no batch
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            reader.pin_memory()
 
     def inputs(self, rows: Iterable[list[int]]) -> Iterator[dict[str, Any]]:
         """Inputs of each list, in order; to_inputs says what they are. Besides them num_valid, the
@@ -124,6 +127,7 @@ class Feed:
             inputs["labels"].fill_(-100)
             inputs["num_tokens"] = 0
         inputs["num_valid"] = int(np.count_nonzero(inputs["labels"].numpy() != -100))
+        # The small ones; what is pinned already stays where it is.
         return inputs if self._stream is None else _map(inputs, torch.Tensor.pin_memory)
 
     def _timed(self, made: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -140,23 +144,25 @@ class Feed:
     ) -> Iterator[dict[str, Any]]:
         """Copy one batch ahead. The caller's stream waits for the copy, the host for nothing."""
 
-        def started() -> tuple[dict[str, Any], torch.cuda.Event] | None:
+        def started() -> tuple[dict[str, Any], dict[str, Any], torch.cuda.Event] | None:
             inputs = next(made, None)
             if inputs is None:
                 return None
             with torch.cuda.stream(stream):
                 copied = _map(inputs, lambda t: t.to(self.device, non_blocking=True))
-            return copied, stream.record_event()
+            return inputs, copied, stream.record_event()
 
         ahead = started()
         while ahead is not None:
-            inputs, copied = ahead
+            pinned, inputs, copied = ahead
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)
             # The allocator must not give their memory to the next copy before they were used.
             _map(inputs, partial(_used_by, current))
             ahead = started()
             yield inputs
+            copied.synchronize()  # a step ago; what is let go of now is written over
+            del pinned
 
 
 def _used_by(stream: torch.cuda.Stream, tensor: torch.Tensor) -> torch.Tensor:

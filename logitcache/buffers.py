@@ -19,28 +19,52 @@ _FREE = 3
 
 
 class Buffers:
-    """Hands out arrays. Any thread may ask; an array may be kept for as long as one likes."""
+    """Hands out arrays. Any thread may ask; an array may be kept for as long as one likes.
 
-    def __init__(self) -> None:
+    pinned: large ones lie in pinned memory, which needs CUDA. Who copies such an array to a GPU
+    without waiting must hold it until the copy is done.
+    """
+
+    def __init__(self, pinned: bool = False) -> None:
+        self.pinned = pinned
         self._lock = threading.Lock()
         self._buffers: list[np.ndarray] = []
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Buffers, (self.pinned,)
+
     def full(self, shape: tuple[int, ...], value: Any, dtype: Any) -> np.ndarray:
         """Like np.full."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        array = self._empty(shape, np.dtype(dtype))
+        array.fill(value)
+        return array
+
+    def copy(self, array: np.ndarray) -> np.ndarray:
+        """Like np.copy."""
+        copied = self._empty(array.shape, array.dtype)
+        np.copyto(copied, array)
+        return copied
+
+    def _empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        size = int(np.prod(shape)) * dtype.itemsize
         if size < _SMALL:
-            return np.full(shape, value, dtype)
+            return np.empty(shape, dtype)
         with self._lock:
             buffer = self._free(size)
             array = buffer[:size].view(dtype).reshape(shape)  # holds the buffer from here on
             del buffer
-        array.fill(value)
         return array
 
     def _free(self, size: int) -> np.ndarray:
         for buffer in self._buffers:
             if size <= len(buffer) <= 2 * size and sys.getrefcount(buffer) == _FREE:
                 return buffer
-        made = np.empty(size + size // 4, np.uint8)
+        made = _pinned(size + size // 4) if self.pinned else np.empty(size + size // 4, np.uint8)
         self._buffers = [*self._buffers[-(_KEPT - 1) :], made]
         return made
+
+
+def _pinned(size: int) -> np.ndarray:
+    import torch
+
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()

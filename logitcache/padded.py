@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class TeacherSupport:
     temperatures: tuple[float, ...]
     sample_temperature: float
     precision: str
+    buffers: Buffers = field(default_factory=Buffers, repr=False, compare=False)
 
     def sparse_teacher(self, temperature: float) -> SparseTeacher:
         """The support as tensors with the log-partition at this temperature.
@@ -52,9 +53,10 @@ class TeacherSupport:
         from logitcache_kernels import SparseTeacher, log_partition
 
         logp_PK, inclusion_PK = self.logp_PK, self.inclusion_PK
-        certain_PK = self.ids_PK >= 0
-        if inclusion_PK is not None:
-            certain_PK &= inclusion_PK >= 1
+        if inclusion_PK is None:
+            certain_PK = self.ids_PK >= 0
+        else:
+            certain_PK = inclusion_PK >= 1  # 0 where there is no entry
             logp_PK, inclusion_PK = self._weighted(temperature, certain_PK)
         certain = torch.from_numpy(certain_PK)
         partition_P = log_partition(
@@ -82,16 +84,19 @@ class TeacherSupport:
         assert self.flat_PK is not None
         tempered = dither_gain(1 / temperature - 1 / self.sample_temperature, self.precision)
         flat = dither_gain(1 / temperature - 1, self.precision)
-        gain_PK = np.where(self.flat_PK, np.float32(flat), np.float32(tempered))
-        sampled_PK = (self.ids_PK >= 0) & ~certain_PK
-        raised_PK = np.where(sampled_PK, self.inclusion_PK * gain_PK, self.inclusion_PK)
-        over_PK = sampled_PK & (raised_PK > _MOST_INCLUSION)
+        # In as few passes, and as little new memory, as there can be.
+        raised_PK = self.buffers.full(self.inclusion_PK.shape, tempered, np.float32)
+        np.copyto(raised_PK, np.float32(flat), where=self.flat_PK)
+        raised_PK *= self.inclusion_PK
+        np.copyto(raised_PK, np.float32(1), where=certain_PK)
+        over_PK = raised_PK > _MOST_INCLUSION
+        over_PK ^= certain_PK
         logp_PK = self.logp_PK
         if over_PK.any():
-            logp_PK = logp_PK.copy()
+            logp_PK = self.buffers.copy(logp_PK)
             logp_PK[over_PK] -= temperature * np.log(raised_PK[over_PK])
             raised_PK[over_PK] = _MOST_INCLUSION
-        return logp_PK, raised_PK.astype(np.float32)
+        return logp_PK, raised_PK
 
 
 def side_by_side(
@@ -148,6 +153,7 @@ def side_by_side(
         temperatures,
         float(attributes.get("sample_temperature", 1.0)),
         attributes["precision"],
+        buffers,
     )
 
 

@@ -93,6 +93,11 @@ class StoreReader:
         self._shards = _OpenShards(store)
         self._buffers = Buffers()
 
+    def pin_memory(self) -> None:
+        """Make the large arrays of batches in pinned memory from now on, ready to be copied to a
+        GPU beside its work: see ``Buffers``. Needs CUDA."""
+        self._buffers = Buffers(pinned=True)
+
     def __len__(self) -> int:
         return int(self.manifest["rows"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import torch
 
@@ -34,3 +36,12 @@ def test_what_is_held_in_any_way_is_never_written_again():
         buffers.full(SHAPE, number, np.float32)
     for array, expected in zip(held, before, strict=True):
         np.testing.assert_array_equal(np.asarray(array), expected)
+
+
+def test_a_copy_is_one_and_a_pool_comes_out_of_a_pickle_empty():
+    buffers = Buffers()
+    array = buffers.full(SHAPE, 7, np.float32)
+    copied = buffers.copy(array)
+    array.fill(8)
+    assert (copied == 7).all()
+    assert (pickle.loads(pickle.dumps(buffers)).full(SHAPE, 1, np.int32) == 1).all()
