@@ -58,9 +58,12 @@ class TeacherSupport:
         else:
             certain_PK = inclusion_PK >= 1  # 0 where there is no entry
             logp_PK, inclusion_PK = self._weighted(temperature, certain_PK)
-        certain = torch.from_numpy(certain_PK)
+        # Certain entries come first; columns that hold none take as long as others.
+        columns = np.flatnonzero(certain_PK.any(0))
+        width = int(columns[-1]) + 1 if len(columns) else 1
+        certain = torch.from_numpy(certain_PK[:, :width])
         partition_P = log_partition(
-            torch.from_numpy(self.logp_PK),
+            torch.from_numpy(self.logp_PK[:, :width]),
             certain,
             torch.from_numpy(self.tail_PT),
             temperature,
