@@ -1,7 +1,7 @@
 """Benchmarks: ``python -m benchmarks.kernels [--suite NAME] [--json FILE] [--quick]``.
 
-Needs a CUDA GPU; exits 6 without one. ``--table FILE`` and ``--plot FILE.png`` make the Markdown
-table and the plot from a JSON file, with or without a GPU.
+Needs a CUDA GPU; exits 6 without one. ``--table FILE...`` and ``--plot FILE.png`` make the Markdown
+tables and the plot from JSON files, with or without a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--suite", choices=(*SUITES, "all"), default="all")
     parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--quick", action="store_true", help="the shapes of the README only")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print the table of this file")
+    parser.add_argument(
+        "--table", type=Path, nargs="+", metavar="JSON", help="print the tables of these files"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="plot the records (matplotlib)")
     return parser
 
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     from .report import plot, table
 
     if options.table is not None:
-        document = json.loads(options.table.read_text())
+        documents = [json.loads(path.read_text(encoding="utf-8")) for path in options.table]
     else:
         import torch
 
@@ -46,9 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         document = _measure(SUITES if options.suite == "all" else (options.suite,), options.quick)
         if options.json is not None:
             options.json.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    print(table(document))
+        documents = [document]
+    print("\n\n".join(map(table, documents)))
     if options.plot is not None:
-        plot(document, options.plot)
+        plot(documents, options.plot)
     return 0
 
 

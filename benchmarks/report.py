@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,29 +45,31 @@ def _suite_table(records: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def plot(document: dict[str, Any], path: Path) -> None:
-    """Draw the fraction of the floor reached, against V: one line for each suite, R and options."""
+def plot(documents: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the fraction of the floor reached, against V: a line for each suite, R, K and options
+    that have several V. R differs along a line where the largest V are too large for the others'.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     lines: dict[str, list[tuple[int, float]]] = {}
-    for record in document["records"]:
-        shape = {name: size for name, size in record["shape"].items() if name != "V"}
-        label = " ".join(
-            [record["name"]]
-            + [f"{name}={value}" for name, value in {**shape, **record["options"]}.items()]
-        )
+    for record in (record for document in documents for record in document["records"]):
+        shape = {name: size for name, size in record["shape"].items() if name not in "RV"}
+        parts = {**shape, **record["options"]}
+        label = " ".join([record["name"], *(f"{name}={value}" for name, value in parts.items())])
         lines.setdefault(label, []).append((record["shape"]["V"], 1 / record["over_floor"]))
     for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", linewidth=1, label=label)
+        if len(points) > 1:
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", linewidth=1, label=label)
     axes.set_xscale("log", base=2)
     axes.set_ylim(0, 1.05)
     axes.set_xlabel("vocabulary V")
     axes.set_ylabel("floor / time (1 is the bound)")
     axes.grid(alpha=0.3)
-    if len(lines) <= 24:
-        axes.legend(fontsize="x-small")
-    machine = document["machine"]
-    axes.set_title(f"{machine.get('gpu', '')}, {machine['date']}, commit {machine['commit']}")
-    figure.savefig(path, dpi=150)
+    if len(axes.get_lines()) <= 24:
+        axes.legend(fontsize="x-small", loc="lower right")
+    machines = (document["machine"] for document in documents)
+    titles = {f"{m.get('gpu', '')}, {m['date']}, commit {m['commit']}" for m in machines}
+    axes.set_title("; ".join(sorted(titles)))
+    figure.savefig(path, dpi=110)
