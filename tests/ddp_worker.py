@@ -1,9 +1,10 @@
-"""Run by torchrun in test_distributed on CPU processes. With two folders: trainings of
-the cases by name, each of whose weights, averages and log the first process writes. With a command
-line of distill: that, and which threads are left then."""
+"""Run by torchrun in test_distributed on CPU processes, and where there are GPUs on one each. With
+two folders: trainings of the cases by name, each of whose weights, averages and log the first
+process writes. With a command line of distill: that, and which threads are left then."""
 
 import atexit
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from logitcache.config import build_config
 from logitcache.errors import Interrupted
 from logitcache.several import leave_group, loading_options
 
+ON_GPU = torch.cuda.is_available()
+
 
 def _print_threads() -> None:
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
@@ -33,6 +36,8 @@ def _print_threads() -> None:
 
 def choose_kind(config: DistillConfig) -> None:
     """Accelerate shards on accelerators alone, though torch can on CPUs; all else is its own."""
+    if ON_GPU:
+        return
     AcceleratorState._reset_state()
     kind = DistributedType.FSDP if config.fsdp else DistributedType.MULTI_CPU
     PartialState._shared_state["distributed_type"] = kind
@@ -42,7 +47,7 @@ def choose_kind(config: DistillConfig) -> None:
 
 
 def run(inputs: Path, out: Path, name: str, folder: str, resume: Path | None = None) -> None:
-    request = case_request(inputs, out / folder, name, processes=2)
+    request = case_request(inputs, out / folder, name, processes=2, on_gpu=ON_GPU)
     config = request.config()
     choose_kind(config)
     trainer = make_trainer(request, config)
@@ -67,7 +72,7 @@ def run(inputs: Path, out: Path, name: str, folder: str, resume: Path | None = N
 
 def stopped(inputs: Path, out: Path) -> None:
     """The second process alone is asked to stop; both do, and go on later."""
-    request = case_request(inputs, out, "ddp", processes=2)
+    request = case_request(inputs, out, "ddp", processes=2, on_gpu=ON_GPU)
     asked: list[int] = []
 
     def stop() -> bool:
@@ -95,9 +100,11 @@ if __name__ == "__main__":
     teachers = {"teacher1": inputs / "one", "teacher2": inputs / "two"}
     data = [inputs / "data.jsonl"]
     config = build_config({**teachers, "data": data, "out": out / "store", "tp_plan": "auto"})
-    cpu, several = torch.device("cpu"), loading_options(config)
-    model = load_causal_lm(teachers["teacher1"], torch.float32, cpu, **several)
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if ON_GPU else "cpu")
+    several = loading_options(config)
+    model = load_causal_lm(teachers["teacher1"], torch.float32, device, **several)
     assert any(hasattr(p, "full_tensor") for p in model.parameters()), "no shards"
     del model
-    build(**teachers, data=data, seq_len=48, out=out / "store", device="cpu", tp_plan="auto")
+    several = {"device": "auto" if ON_GPU else "cpu", "dtype": "float32", "tp_plan": "auto"}
+    build(**teachers, data=data, seq_len=48, out=out / "store", **several)
     leave_group()

@@ -44,7 +44,9 @@ CASES: dict[str, dict[str, object]] = {
 RESUMED = ("ddp", "fsdp", "fsdp lora")
 
 
-def case_request(inputs: Path, out: Path, name: str, processes: int) -> TrainRequest:
+def case_request(
+    inputs: Path, out: Path, name: str, processes: int, on_gpu: bool = False
+) -> TrainRequest:
     """A training of a case, or what one process makes of it."""
     settings: dict[str, object] = {
         "optim": "sgd",
@@ -57,8 +59,10 @@ def case_request(inputs: Path, out: Path, name: str, processes: int) -> TrainReq
         "per_device_eval_batch_size": 2,
         "lora_rank": CASES[name].get("lora_rank", 0),
     }
+    if on_gpu:
+        settings |= {"use_cpu": False, "bf16": False, "full_determinism": True, "logging_steps": 1}
     if processes > 1:
-        settings |= {**CASES[name], "ddp_backend": "gloo"}
+        settings |= {**CASES[name], "ddp_backend": "nccl" if on_gpu else "gloo"}
     else:
         settings["per_device_train_batch_size"] = 4
     asked = request(inputs, out, **settings)
