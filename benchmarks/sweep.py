@@ -2,9 +2,9 @@
 
     python -m benchmarks.sweep [--vocab V] [--rows R] [--temperature T]
 
-For whoever has another GPU than ``choose_config`` was made for: prints, for each setting, the time
+For whoever has another GPU than ``gpu_config`` was made for: prints, for each setting, the time
 of both kernels over the floor, and each kernel's own milliseconds from the profiler. Needs a CUDA
-GPU; exits 6 without one. Nothing is tuned at run time: a setting goes into ``choose_config`` by
+GPU; exits 6 without one. Nothing is tuned at run time: a setting goes into ``gpu_config`` by
 hand, for a kernel that overwrites its input must not be tried out on it.
 """
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         config = RowConfig(*setting)
 
         if triton.cdiv(options.vocab, config.tile * config.tiles) > 16 * config.warps:
-            continue  # more words than two a thread: Triton 3.6 fails to compile it
+            continue  # cannot be compiled: see gpu_config
 
         def call(config: RowConfig = config) -> None:
             diagnostics = new_diagnostics(options.rows, work_RV.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# name: numerator, denominator, must, aim, whether less is better
+# must, aim, and on which side of them a figure should lie
 TARGETS: dict[str, tuple[float, float, str]] = {
     "step over CE by Liger": (0.85, 0.72, "<="),
     "step over the fastest CE": (1.05, 1.00, "<="),
@@ -57,9 +57,9 @@ def ratios(timings: dict[str, dict[str, float]]) -> dict[str, float | None]:
         "peak memory over CE by Liger": over("ours", "ce liger", "peak"),
         "peak memory over online": over("ours", "online, same size", "peak"),
         "peak memory over CE by Liger, activations recomputed": over(
-            "ours, recomputed", "ce liger, recomputed", "peak"
+            "ours alone, recomputed", "ce liger alone, recomputed", "peak"
         ),
         "peak memory over online, activations recomputed": over(
-            "ours, recomputed", "online, recomputed", "peak"
+            "ours alone, recomputed", "online, recomputed", "peak"
         ),
     }

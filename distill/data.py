@@ -142,7 +142,8 @@ class Feed:
     def _on_gpu(
         self, made: Iterator[dict[str, Any]], stream: torch.cuda.Stream
     ) -> Iterator[dict[str, Any]]:
-        """Copy one batch ahead. The caller's stream waits for the copy, the host for nothing."""
+        """Copy one batch ahead. The caller's stream waits for the copy, the host only for one that
+        is a step old."""
 
         def started() -> tuple[dict[str, Any], dict[str, Any], torch.cuda.Event] | None:
             inputs = next(made, None)
@@ -153,16 +154,19 @@ class Feed:
             return inputs, copied, stream.record_event()
 
         ahead = started()
-        while ahead is not None:
-            pinned, inputs, copied = ahead
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(copied)
-            # The allocator must not give their memory to the next copy before they were used.
-            _map(inputs, partial(_used_by, current))
-            ahead = started()
-            yield inputs
-            copied.synchronize()  # a step ago; what is let go of now is written over
-            del pinned
+        try:
+            while ahead is not None:
+                pinned, inputs, copied = ahead
+                current = torch.cuda.current_stream(self.device)
+                current.wait_event(copied)
+                # The allocator must not give their memory to the next copy before they were used.
+                _map(inputs, partial(_used_by, current))
+                ahead = started()
+                yield inputs
+                copied.synchronize()  # done a step ago; then what is pinned may be written over
+                del pinned
+        finally:  # closed at its last batch, whose copy may be under way
+            stream.synchronize()
 
 
 def _used_by(stream: torch.cuda.Stream, tensor: torch.Tensor) -> torch.Tensor:

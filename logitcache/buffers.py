@@ -12,10 +12,16 @@ from typing import Any
 
 import numpy as np
 
-_KEPT = 48  # buffers, some three a teacher and batch
+_KEPT = 96  # buffers: up to six a teacher and batch, and as many batches as are read ahead
 _SMALL = 1 << 18  # bytes; below, the allocator keeps its pages itself
-# References to a buffer that is in no array: the pool's list, the loop variable, getrefcount's own.
-_FREE = 3
+
+
+def _references(buffers: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(buffer) for buffer in buffers]
+
+
+# Of a buffer that is in no array; what Python itself holds meanwhile differs by its version.
+(_FREE,) = _references([np.empty(1, np.uint8)])
 
 
 class Buffers:
@@ -31,7 +37,7 @@ class Buffers:
         self._buffers: list[np.ndarray] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Buffers, (self.pinned,)
+        return Buffers, ()  # whoever gets it may have no CUDA
 
     def full(self, shape: tuple[int, ...], value: Any, dtype: Any) -> np.ndarray:
         """Like np.full."""
@@ -56,15 +62,16 @@ class Buffers:
         return array
 
     def _free(self, size: int) -> np.ndarray:
-        for buffer in self._buffers:
-            if size <= len(buffer) <= 2 * size and sys.getrefcount(buffer) == _FREE:
-                return buffer
-        made = _pinned(size + size // 4) if self.pinned else np.empty(size + size // 4, np.uint8)
+        for number, references in enumerate(_references(self._buffers)):
+            if references == _FREE and size <= len(self._buffers[number]) <= 2 * size:
+                return self._buffers[number]
+        made = _pinned(size) if self.pinned else np.empty(size + size // 4, np.uint8)
         self._buffers = [*self._buffers[-(_KEPT - 1) :], made]
         return made
 
 
 def _pinned(size: int) -> np.ndarray:
+    """Of the next power of two: torch takes that much in any case."""
     import torch
 
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    return torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, pin_memory=True).numpy()

@@ -49,7 +49,8 @@ class Plan:
 
 
 Report = Callable[[str, int, int, int, int], None]
-"""Called as report(teacher, tokens done, tokens in all, bytes written, shard) after each batch."""
+"""Called as report(teacher, tokens done, tokens in all, bytes written, shard) after each batch and
+each shard written, from threads in turn."""
 
 
 def build(

@@ -11,16 +11,16 @@ import torch
 
 from logitcache_kernels import Capture
 
-# By the names that ``support`` knows; what stands where a part is narrower than another.
+# By the names that ``support`` knows.
 _FIELDS = {
-    "ids": ("ids_RK", -1),
-    "logp": ("logp_RK", -torch.inf),
-    "inclusion": ("inclusion_RK", 0),
-    "count": ("count_R", 0),
-    "tail": ("tail_log_partition_RT", 0),
-    "entropy": ("entropy_R", 0),
-    "top1": ("top1_logp_R", 0),
-    "gold": ("gold_logp_R", 0),
+    "ids": "ids_RK",
+    "logp": "logp_RK",
+    "inclusion": "inclusion_RK",
+    "count": "count_R",
+    "tail": "tail_log_partition_RT",
+    "entropy": "entropy_R",
+    "top1": "top1_logp_R",
+    "gold": "gold_logp_R",
 }
 
 
@@ -35,8 +35,8 @@ def fetch(parts: Sequence[Capture], stream: torch.cuda.Stream | None = None) -> 
     on_gpu = parts[0].ids_RK.is_cuda
     with torch.cuda.stream(stream) if on_gpu else contextlib.nullcontext():
         host = {
-            key: _end_to_end([getattr(part, name) for part in parts], fill)
-            for key, (name, fill) in _FIELDS.items()
+            key: _end_to_end([getattr(part, name) for part in parts])
+            for key, name in _FIELDS.items()
         }
         if on_gpu:
             torch.cuda.current_stream().synchronize()
@@ -48,17 +48,13 @@ def fetch(parts: Sequence[Capture], stream: torch.cuda.Stream | None = None) -> 
     return found
 
 
-def _end_to_end(parts: Sequence[torch.Tensor], fill: float) -> torch.Tensor:
+def _end_to_end(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The parts as one tensor of the host, on its way."""
     first = parts[0]
-    width = [max(part.shape[1] for part in parts)] if first.ndim == 2 else []
-    size = [sum(map(len, parts)), *width]
+    size = (sum(map(len, parts)), *first.shape[1:])
     host = torch.empty(size, dtype=first.dtype, pin_memory=first.is_cuda)
-    if any(list(part.shape[1:]) != width for part in parts):
-        host.fill_(fill)
     start = 0
     for part in parts:
-        place = host[start : start + len(part)]
-        (place[:, : part.shape[1]] if width else place).copy_(part, non_blocking=True)
+        host[start : start + len(part)].copy_(part, non_blocking=True)
         start += len(part)
     return host

@@ -41,7 +41,7 @@ class TeacherSupport:
     temperatures: tuple[float, ...]
     sample_temperature: float
     precision: str
-    buffers: Buffers = field(default_factory=Buffers, repr=False, compare=False)
+    buffers: Buffers = field(repr=False, compare=False)  # for what sparse_teacher makes
 
     def sparse_teacher(self, temperature: float) -> SparseTeacher:
         """The support as tensors with the log-partition at this temperature.

@@ -63,7 +63,7 @@ class BuildProgress:
         self.quiet = quiet
         self.rates: dict[str, float] = {}
         self._start: dict[str, tuple[float, int]] = {}
-        self._last_line = time.monotonic()
+        self._last_line, self._last_written = time.monotonic(), 0
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
 
@@ -94,9 +94,11 @@ class BuildProgress:
             if teacher not in self._tasks:
                 self._tasks[teacher] = self._bar.add_task(teacher, total=total, detail="")
             self._bar.update(self._tasks[teacher], completed=done, detail=detail)
-        elif not self.quiet and (now - self._last_line >= _PLAIN_INTERVAL_S or done == total):
-            self._last_line = now
+        elif not self.quiet and (
+            now - self._last_line >= _PLAIN_INTERVAL_S
+            or (done == total and written != self._last_written)
+        ):
+            self._last_line, self._last_written = now, written
             left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
             line = f"{teacher}: {done:,} of {total:,} tokens, {detail}{left}"
-            if done < total or written:
-                click.echo(line, err=True)
+            click.echo(line, err=True)

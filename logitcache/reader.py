@@ -1,7 +1,8 @@
 """Reading a store: ``open_store(path)`` gives a StoreReader, ``reader[rows]`` a TeacherBatch.
 
-Memory: a batch of P positions with K entries at most takes 13 P K bytes a teacher, decoding a row
-as much again, and the memory of batches that are gone is kept for the next (48 arrays at most);
+Memory: a batch of P positions with K entries at most takes 13 P K bytes a teacher, its tensors up
+to 8 P K more, decoding a row as much as the row, and the memory of batches that are gone is kept
+for the next (96 arrays at most, pinned ones as large as the next power of two);
 ``batches`` holds ``ahead + workers`` batches. Open shards take their index and the
 frequency order each (some 0.3 MB), 64 of them at most.
 """
@@ -96,7 +97,8 @@ class StoreReader:
     def pin_memory(self) -> None:
         """Make the large arrays of batches in pinned memory from now on, ready to be copied to a
         GPU beside its work: see ``Buffers``. Needs CUDA."""
-        self._buffers = Buffers(pinned=True)
+        if not self._buffers.pinned:
+            self._buffers = Buffers(pinned=True)
 
     def __len__(self) -> int:
         return int(self.manifest["rows"])

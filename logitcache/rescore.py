@@ -44,8 +44,10 @@ from .reader import StoreReader
 from .repair import recorded_settings
 from .store import Store
 from .support import decode_row, encode_row, support_of
-from .teacher import BATCH_TOKENS, CHUNK_ELEMENTS, capture_options
+from .teacher import BATCH_TOKENS, capture_options
 
+# Logits of one chunk, of which several copies exist here.
+_CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
 Report = Callable[[int, int], None]
 """Called as report(rows done, rows) after each batch."""
 
@@ -209,7 +211,7 @@ class _Run:
         numbers_P = torch.from_numpy(number).to(self.device)
         ids_PK = torch.from_numpy(stored.ids_PK.astype(np.int64)).to(self.device)
         vocab_size = int(self.reader.manifest["vocab_size"])
-        chunk = max(CHUNK_ELEMENTS[self.device.type] // head.weight_VD.shape[0], 16)
+        chunk = max(_CHUNK_ELEMENTS[self.device.type] // head.weight_VD.shape[0], 16)
         parts, logps = [], []
         for start in range(0, len(hidden_PD), chunk):
             part = slice(start, start + chunk)

@@ -7,6 +7,7 @@ shards, of which one is being written.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,9 +74,9 @@ class _Behind:
 
     def __init__(self, name: str, most: int):
         self._name, self._most = name, most
+        self.failed = False
 
     def __enter__(self) -> _Behind:
-        self._failed = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=self._name)
         self._waiting: deque[Future[None]] = deque()
         return self
@@ -86,12 +87,12 @@ class _Behind:
         self._waiting.append(self._pool.submit(self._do, action, *arguments))
 
     def _do(self, action: Callable[..., None], *arguments: Any) -> None:
-        if self._failed:
+        if self.failed:
             return
         try:
             action(*arguments)
         except BaseException:
-            self._failed = True
+            self.failed = True
             raise
 
     def __exit__(
@@ -127,8 +128,6 @@ class TeacherRun:
         self.rows, self.config = rows, config
         self.report = report or (lambda *_: None)
         self.device = choose_device(config.device)
-        if self.device.index is not None and self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # kernels are launched on the current one
         dtype = choose_dtype(config.dtype, self.device)
         several = loading_options(config)
         self.model = load_causal_lm(folder, dtype, self.device, **several)
@@ -137,6 +136,8 @@ class TeacherRun:
         self._first_device = self.model.get_input_embeddings().weight.device
         if several and self.head.weight_VD.device.type != "meta":
             self.device = self.head.weight_VD.device  # where logits are, and captured
+        if self.device.index is not None and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # kernels and events go to the current one
         vocab_size, width = store.manifest["vocab_size"], self.head.weight_VD.shape[0]
         if width < vocab_size:
             raise StoreError(
@@ -152,8 +153,9 @@ class TeacherRun:
             int(self.lengths[start:stop].sum()) for start, stop in missing
         )
         self.bytes_written = 0
+        self._reporting = threading.Lock()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.report(self.name, self.tokens_done, self.tokens_total, 0, -1)
+        self._report(-1)
 
     def close(self) -> None:
         """Free the model's memory before the next teacher is loaded."""
@@ -167,7 +169,7 @@ class TeacherRun:
             for number, shard in enumerate(shards):
                 made = _Made()
                 for batch in self.batches(*self.store.ranges[shard]):
-                    if stopped():
+                    if stopped() or writer.failed:  # whose error comes out at the end
                         return number
                     if not self.writes:
                         self.forward(batch)
@@ -195,7 +197,7 @@ class TeacherRun:
         record = self.store.commit(self.name, shard)
         assert record is not None
         self.bytes_written += sum(file["bytes"] for file in record["files"].values())
-        self.report(self.name, self.tokens_done, self.tokens_total, self.bytes_written, shard)
+        self._report(shard)
 
     def batches(self, start: int, stop: int) -> list[list[int]]:
         """Rows of a shard in batches of like length, longest first; the same for every run."""
@@ -284,7 +286,11 @@ class TeacherRun:
                 self.store.teachers[self.name],
             )
         self.tokens_done += int(self.lengths[launched.batch].sum())
-        self.report(self.name, self.tokens_done, self.tokens_total, self.bytes_written, shard)
+        self._report(shard)
+
+    def _report(self, shard: int) -> None:
+        with self._reporting:  # both threads do
+            self.report(self.name, self.tokens_done, self.tokens_total, self.bytes_written, shard)
 
     def _check(self, captured: dict[str, np.ndarray], launched: _Captured) -> None:
         bad = np.flatnonzero(captured["count"] < 0)

@@ -262,3 +262,18 @@ def test_sums_are_narrowed_in_the_memory_they_lie_in(shape):
     found = _narrow(sums, torch.bfloat16)
     assert torch.equal(found, expected)
     assert found.untyped_storage().data_ptr() == sums.untyped_storage().data_ptr()
+
+
+def test_launch_settings_fit_every_vocabulary_and_the_registers() -> None:
+    import triton
+
+    from logitcache_kernels.distill_launch import gpu_config
+
+    for vocab in (1, 1000, 2**16, 2**16 + 1, 151936, 196608, 196609, 262208, 786433, 2**20):
+        for paired in (False, True):
+            config = gpu_config(vocab, paired)
+            threads = 32 * config.warps
+            slices = triton.cdiv(vocab, config.tile * config.tiles)
+            assert triton.next_power_of_2(slices) < threads, (vocab, paired)
+            assert config.warps > 1, "a reduction within a warp is no barrier"
+            assert config.per_multiprocessor * threads * config.registers <= 65536

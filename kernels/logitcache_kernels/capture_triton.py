@@ -182,7 +182,7 @@ def capture_triton(
             num_words,
             num_segments,
             start,
-            _clip_rank(num_tokens, 150 if sampled else 100 + 2 * kept),
+            _clip_rank(num_tokens, 200 if sampled else 100 + 2 * kept),
             sample_step,
             SAMPLED=sampled,
             INVERSE_S=inverse_s,

@@ -47,20 +47,30 @@ class Row(NamedTuple):
     spec: DistillSpec
 
 
-def choose_config(vocab_size: int, paired: bool) -> RowConfig:
+def gpu_config(vocab_size: int, paired: bool) -> RowConfig:
     """The fastest of a sweep on an H200 (docs/kernels.md); frozen, as tuning in place corrupts.
 
-    paired: whether a register holds two elements.
+    paired: whether a register holds two elements. The slices of a row, as a power of two, must be
+    fewer than the threads of a program: Triton 3.6 cannot compile their sums otherwise.
     """
-    if INTERPRETED:  # programs run one after the other: none may wait for another
-        return RowConfig(max(triton.next_power_of_2(vocab_size) // 2, 16), 2, 4, 1, 0)
     if not paired:
-        return RowConfig(1024, 4, 4, 3, 168)
+        if vocab_size <= 2**18:
+            return RowConfig(1024, 4, 4, 3, 168)
+        return RowConfig(2048, 4, 8, 1, 168)
     if vocab_size <= 2**16:
         return RowConfig(1024, 4, 2, 6, 168)
-    if vocab_size <= 32 * 6 * 1024:  # two warps take up 32 slices: Triton 3.6 fails beyond
+    if vocab_size <= 32 * 6 * 1024:
         return RowConfig(1024, 6, 2, 4, 255)
-    return RowConfig(2048, 6, 4, 2, 255)
+    if vocab_size <= 64 * 6 * 2048:
+        return RowConfig(2048, 6, 4, 2, 255)
+    return RowConfig(4096, 6, 8, 1, 255)
+
+
+def choose_config(vocab_size: int, paired: bool) -> RowConfig:
+    """How the rows of a vocabulary are cut, on a GPU or in the interpreter."""
+    if INTERPRETED:  # programs run one after the other: none may wait for another
+        return RowConfig(max(triton.next_power_of_2(vocab_size) // 2, 16), 2, 4, 1, 0)
+    return gpu_config(vocab_size, paired)
 
 
 def _stride(x: torch.Tensor | None) -> int:

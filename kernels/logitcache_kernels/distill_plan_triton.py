@@ -168,11 +168,11 @@ def plan_kernel(
                         row, slots, ids1, used, taboo_ptr, first_taboo, last_taboo, V, cap,
                         SOFTCAP, TB,
                     )  # fmt: skip
+                    tl.debug_barrier()  # slots are there
                 else:
                     z1 = tl.where(taboo1, minus_inf, z1)
                     if TEACHERS == 2:
                         z2 = tl.where(taboo2, minus_inf, z2)
-                tl.debug_barrier()  # slots are there
 
             # Sums of the student's powers over them.
             top = z1

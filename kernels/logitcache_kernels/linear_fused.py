@@ -55,14 +55,12 @@ def _room(device: torch.device) -> int:
 
 
 def choose_chunk(num_rows: int, vocab_size: int, element_size: int, room: int) -> int:
-    """Positions per chunk: few equal chunks whose logits fit into room bytes."""
+    """Positions per chunk, whole tiles of the matrix units: chunks whose logits fit into room
+    bytes, equal ones where no position is left out."""
+    num_rows = max(num_rows, 1)
     most = max(room // (vocab_size * element_size), _ROW_MULTIPLE)
-    return _even(max(num_rows, 1), triton.cdiv(max(num_rows, 1), most))
-
-
-def _even(num_rows: int, chunks: int) -> int:
-    """Rows of each of so many chunks: whole tiles of the matrix units."""
-    return triton.cdiv(triton.cdiv(num_rows, chunks), _ROW_MULTIPLE) * _ROW_MULTIPLE
+    even = triton.cdiv(num_rows, triton.cdiv(num_rows, most))
+    return triton.cdiv(even, _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 class _Kept:

@@ -48,6 +48,14 @@ def test_every_vocabulary(vocab):
     check_loss(*case(num_rows=12, vocab=vocab), DistillSpec(), tolerance=1e-4)
 
 
+# Rows of Gemma 3 in float32, and of the largest vocabulary that a store takes.
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), [(262208, torch.float32), (2**20, torch.bfloat16), (2**20, torch.float32)]
+)
+def test_very_large_vocabularies(vocab, dtype):
+    check_loss(*case(num_rows=6, vocab=vocab, dtype=dtype), DistillSpec(), tolerance=1e-4)
+
+
 @pytest.mark.parametrize("vocab", [32000, 151936])
 @pytest.mark.parametrize("temperature", [1.0, 1.5, 3.0, 4.0, 2.5])
 def test_every_temperature(vocab, temperature):

@@ -1,12 +1,16 @@
 """Building and training on a GPU: what a CPU computes, exact resume, no wait for the GPU in a step,
 a step that is not finite."""
 
+import itertools
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,8 +21,10 @@ from training_runs import losses, make_inputs, request, same_run
 from transformers import TrainerCallback
 
 from distill.checkpoint import checkpoints
+from distill.data import Feed
 from distill.train import make_trainer, train
 from logitcache import build, open_store
+from logitcache.buffers import Buffers
 from logitcache.errors import Interrupted, NonFiniteError
 
 pytestmark = [
@@ -26,6 +32,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
 ]
 ON_GPU = {"use_cpu": False, "max_steps": 6, "save_steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def _as_by_default() -> Iterator[None]:
+    """full_determinism stays on in a process."""
+    before = dict(os.environ)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +132,40 @@ def test_a_step_that_is_not_finite_is_never_taken(inputs: Path, tmp_path: Path) 
         assert torch.equal(weight.nan_to_num(9), before[name].nan_to_num(9)), name
     saved = checkpoints(tmp_path / "out" / "checkpoints")
     assert [path.name for path in saved] == ["checkpoint-2"]
+
+
+def test_a_large_array_of_the_pool_is_pinned_as_it_lies() -> None:
+    buffers = Buffers(pinned=True)
+    array = torch.from_numpy(buffers.full((1000, 1000), 1, np.float32))
+    assert array.is_pinned()
+    assert array.pin_memory().data_ptr() == array.data_ptr()
+    address = array.data_ptr()
+    del array
+    assert buffers.full((1000, 1000), 2, np.int32).ctypes.data == address
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_on_the_gpu_are_those_of_the_store(inputs: Path, workers: int) -> None:
+    """Large ones, from memory that is used again, while the GPU is behind with its copies; closed
+    early and begun anew, beside another feed of the same reader."""
+    reader = open_store(inputs / "store")
+    rows = [[n % len(reader) for n in range(m, m + 64)] for m in range(12)]
+    cpu = list(Feed(open_store(inputs / "store"), 1.5, torch.device("cpu"), 0).inputs(rows))
+    assert cpu[0]["teachers"][0]["logp_RK"].nbytes > 2**18
+    feed, other = (Feed(reader, 1.5, torch.device("cuda"), workers) for _ in range(2))
+    for _ in range(2):
+        batches, beside = feed.inputs(rows), other.inputs(rows[::-1])
+        found = []
+        for batch in itertools.islice(batches, 7):
+            torch.cuda._sleep(20_000_000)
+            found.append(batch)
+            found.append(next(beside))
+        batches.close()
+        beside.close()
+        for number, batch in enumerate(found):
+            expected = cpu[number // 2] if number % 2 == 0 else cpu[-1 - number // 2]
+            assert batch["rows"] == expected["rows"]
+            for ours, theirs in zip(batch["teachers"], expected["teachers"], strict=True):
+                for name, tensor in theirs.items():
+                    if tensor is not None:
+                        assert torch.equal(ours[name].cpu(), tensor), name
