@@ -67,7 +67,7 @@ PRECISIONS = {
     ),
 }
 # Plain top-k keeps many entries so small that a step of 2 nats does: 2.5 bytes less at k = 64.
-_FLOOR_TABLE, _FLOOR_WORDS = LevelTable(1 / 35, 2.0, first=1), Words(6, 2, 2)
+_FLOOR_TABLE, _FLOOR_WORDS = LevelTable(1 / 36, 2.0, first=1), Words(6, 2, 2)
 
 
 def has_floor(attributes: Mapping[str, Any]) -> bool:

@@ -77,7 +77,7 @@ def read_row(store, name: str, row: int):
     teacher, group = root[name].attrs["logitcache"], root[name]
     high = teacher["precision"] == "high"
     floor = teacher["estimator"] != "sampled" and teacher["min_prob"] == 0
-    table = (1 / 100, 1 / 6, 1) if high else (1 / 35, 2, 1) if floor else (1 / 24, 1, 1)
+    table = (1 / 100, 1 / 6, 1) if high else (1 / 36, 2, 1) if floor else (1 / 24, 1, 1)
     order = group["order"][row // manifest["shard_rows"]].astype(int)
     id_of_rank = np.cumsum(order[0] + 256 * order[1] + 65536 * order[2]) % 2**24
     count = group["count"][row].astype(int).reshape(-1, manifest["seq_len"])
