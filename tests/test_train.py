@@ -23,7 +23,7 @@ from distill.ema import WeightAverage
 from distill.student import attach_loss, to_inputs
 from distill.train import TrainRequest, train
 from logitcache import build, open_store
-from logitcache.causal_lm import load_causal_lm
+from logitcache.causal_lm import hidden_states, load_causal_lm
 from logitcache.errors import NonFiniteError, StoreError, UsageError
 from logitcache.tokenise import load_tokenizer
 from logitcache_kernels import DistillSpec, SparseTeacher, distill_loss, linear_distill_loss
@@ -186,25 +186,26 @@ def test_gradient_accumulation_gives_the_gradients_of_one_batch(work: Path, tmp_
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5)
 
 
-def test_under_autocast_the_loss_computes_in_the_dtype_of_a_linear_layer(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_under_autocast_the_loss_computes_in_the_dtype_of_a_linear_layer(work: Path) -> None:
     """The residual stream of float32 weights is float32 under autocast too."""
-    asked: list[object] = []
-
-    def spy(*args: object, **kwargs: object) -> object:
-        asked.append(kwargs["logits_dtype"])
-        return linear_distill_loss(*args, **kwargs)
-
-    monkeypatch.setattr("distill.student.linear_distill_loss", spy)
-    model = load_causal_lm(work / "one", torch.float32, CPU)
-    attach_loss(model, DistillSpec(temperature=1.5))
+    model, spec = load_causal_lm(work / "one", torch.float32, CPU), DistillSpec(temperature=1.5)
     inputs = to_inputs(open_store(work / "sampled")[[0, 1]], 1.5)
-    plain = model(**inputs)["loss"]
+    teachers = [SparseTeacher(**teacher) for teacher in inputs["teachers"]]
+    labels_R, gold_R = inputs["labels"].flatten(), inputs["gold"].flatten()
+    attach_loss(model, spec)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = model(**inputs)["loss"]
-    assert asked == [torch.float32, torch.bfloat16]
-    assert cast.item() == pytest.approx(plain.item(), rel=2e-2)
+        loss = model(**inputs)["loss"]
+        hidden_RD = hidden_states(model, inputs["input_ids"], inputs["position_ids"]).flatten(0, 1)
+    assert hidden_RD.dtype == torch.float32
+    weight_VD = model.get_output_embeddings().weight
+    narrow, wide = (
+        linear_distill_loss(
+            hidden_RD, weight_VD, teachers, labels_R, spec, gold_R=gold_R, logits_dtype=dtype
+        ).loss
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert torch.equal(loss, narrow)
+    assert not torch.equal(loss, wide)
 
 
 # The name that every transformers 5 knows; from 5.23 on it is announced to be renamed.
