@@ -277,3 +277,18 @@ def test_launch_settings_fit_every_vocabulary_and_the_registers() -> None:
             assert triton.next_power_of_2(slices) < threads, (vocab, paired)
             assert config.warps > 1, "a reduction within a warp is no barrier"
             assert config.per_multiprocessor * threads * config.registers <= 65536
+
+
+@pytest.mark.parametrize("num_rows", [1, 4095, 4096, 9000])
+def test_positions_kept_are_those_that_are_not_skipped(num_rows: int) -> None:
+    from logitcache_kernels.distill_launch import positions_kept
+
+    generator = torch.Generator().manual_seed(num_rows)
+    for skipped in (0.0, 0.3, 1.0):
+        strategy_R = torch.randint(0, 3, (num_rows,), generator=generator, dtype=torch.int8)
+        strategy_R[torch.rand(num_rows, generator=generator) < skipped] = 3
+        index_R, count = positions_kept(strategy_R)
+        (expected,) = (strategy_R != 3).nonzero(as_tuple=True)
+        assert int(count) == len(expected)
+        assert index_R[: len(expected)].tolist() == expected.tolist()
+        assert (index_R[len(expected) :] == 0).all()

@@ -13,8 +13,8 @@ from .distill_plan_triton import NUMBERS, plan_kernel
 from .distill_rows_triton import rows_kernel
 from .distill_slice_triton import BF16_PAIRS, FP16_PAIRS, SINGLE
 from .distill_terms_triton import T_1, T_2, T_3, T_3_2, T_4, T_ANY, UNIT
-from .scalars_triton import sum_kernel
-from .types import DistillSpec, SparseTeacher
+from .scalars_triton import kept_kernel, sum_kernel
+from .types import SKIP, DistillSpec, SparseTeacher
 
 IN_PLACE, COPY, NO_GRADIENT = 0, 1, 2  # where the gradient goes
 _MODES = {1.0: T_1, 1.5: T_3_2, 2.0: T_2, 3.0: T_3, 4.0: T_4}
@@ -153,17 +153,18 @@ def _run_plan(
 
 
 def gate(row: Row, vocab_size: int) -> list[torch.Tensor]:
-    """Strategy, JS and weight of each position, before there are any logits."""
+    """The diagnostics of each position before there are any logits: strategy, JS and weight; loss,
+    KD and CE are 0."""
     num_rows, device = len(row.labels_R), row.labels_R.device
-    loss, strategy, js, kd, ce, weight = new_diagnostics(num_rows, device)
+    diagnostics = new_diagnostics(num_rows, device)
     if num_rows:
         num_taboo = 0 if row.taboo_RK is None else row.taboo_RK.shape[1]
         shared = _shared_constants(row, num_taboo, T_1, None)
         _run_plan(
-            None, vocab_size, num_rows, row, (loss, strategy, js, kd, ce, weight),
+            None, vocab_size, num_rows, row, diagnostics,
             _Plan(*[None] * 8), shared, None, None,
         )  # fmt: skip
-    return [strategy, js, weight]
+    return diagnostics
 
 
 def launch(
@@ -266,6 +267,16 @@ def new_diagnostics(num_rows: int, device: torch.device) -> list[torch.Tensor]:
     """Loss, strategy, JS, KD, CE and weight of each position; the kernels write every element."""
     kinds = (torch.float32, torch.int8) + (torch.float32,) * 4
     return [torch.empty(num_rows, dtype=kind, device=device) for kind in kinds]
+
+
+def positions_kept(strategy_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which positions carry a loss, int32 [R] in order, zeros behind them; how many, int64."""
+    index_R = torch.empty(strategy_R.shape, dtype=torch.int32, device=strategy_R.device)
+    count = torch.empty((), dtype=torch.int64, device=strategy_R.device)
+    kept_kernel[(1,)](
+        strategy_R, index_R, count, len(strategy_R), SKIPPED=SKIP, BLOCK=4096, num_warps=8
+    )
+    return index_R, count
 
 
 def add_up(loss_R: torch.Tensor, per_item: torch.Tensor) -> torch.Tensor:

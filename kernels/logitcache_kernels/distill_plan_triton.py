@@ -134,7 +134,11 @@ def plan_kernel(
     tl.store(strategy_ptr + position, strategy.to(tl.int8))
     tl.store(js_ptr + position, js)
     tl.store(weight_ptr + position, weight)
-    if LOGITS:
+    if not LOGITS:
+        tl.store(loss_ptr + position, 0.0)
+        tl.store(kd_ptr + position, 0.0)
+        tl.store(ce_ptr + position, 0.0)
+    else:
         tl.store(kind_ptr + i, strategy.to(tl.int8))
         if strategy == 3:
             tl.store(loss_ptr + position, 0.0)

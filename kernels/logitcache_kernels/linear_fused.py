@@ -25,8 +25,8 @@ import torch
 import triton
 
 from .distill_fused import scale_in_place
-from .distill_launch import Row, add_up, gate, launch, new_diagnostics
-from .types import SKIP, DistillOutput
+from .distill_launch import Row, add_up, gate, launch, positions_kept
+from .types import DistillOutput
 
 # Of a chunk's logits. 4096 rows of 151936 bf16 logits are 1.16 GiB, and on an H200 the products
 # lose little by that split; at most this share of what is free.
@@ -76,11 +76,8 @@ class _Kept:
         self._there: torch.cuda.Event | None = None
         if strategy_R.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        keep_R = strategy_R != SKIP
         # As many as there are positions, the surplus pointing at the first: nothing waits for it.
-        index_R1 = torch.nonzero_static(keep_R, size=self.num_rows, fill_value=0)
-        self.index_R = index_R1[:, 0].to(torch.int32)
-        self._count = keep_R.sum()
+        self.index_R, self._count = positions_kept(strategy_R)
         if strategy_R.is_cuda:
             there = torch.empty((), dtype=torch.int64, pin_memory=True)
             self._count = there.copy_(self._count, non_blocking=True)
@@ -149,7 +146,6 @@ def _narrow(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class _Plan(NamedTuple):
     """What does not depend on the gate, made before there is an answer."""
 
-    diagnostics: list[torch.Tensor]
     weight: torch.Tensor  # in the products' dtype
     grad_hidden: torch.Tensor | None
     buffer: torch.Tensor  # a chunk's logits, then their gradient
@@ -160,9 +156,8 @@ def _plan(hidden_RD: torch.Tensor, weight_VD: torch.Tensor, head: Head, chunk: i
     num_rows, vocab_size, device = len(hidden_RD), len(weight_VD), hidden_RD.device
     width = triton.cdiv(vocab_size, 64) * 64  # rows begin at aligned addresses
     return _Plan(
-        [x.zero_() for x in new_diagnostics(num_rows, device)],
         weight_VD.detach().to(head.product_dtype),
-        torch.zeros_like(hidden_RD) if hidden_RD.requires_grad else None,
+        torch.empty_like(hidden_RD) if hidden_RD.requires_grad else None,
         torch.empty(min(chunk, num_rows), width, dtype=head.logits_dtype, device=device),
         chunk,
     )
@@ -170,20 +165,22 @@ def _plan(hidden_RD: torch.Tensor, weight_VD: torch.Tensor, head: Head, chunk: i
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, bias_V, row, head, plans, kept):
+    def forward(ctx, hidden_RD, weight_VD, bias_V, row, head, plans, kept, diagnostics):
         ctx.factor = per_item = row.per_item
         ctx.late = head.product_dtype == torch.float16  # whose range 1 / num_items would leave
         if ctx.late:
             row = row._replace(per_item=torch.ones_like(per_item))
         wants = [ctx.needs_input_grad[i] for i in range(3)]
         vocab_size, device = weight_VD.shape[0], hidden_RD.device
-        diagnostics, weight, grad_hidden, buffer, chunk = plans.pop()
+        weight, grad_hidden, buffer, chunk = plans.pop()
         lead = 0
         if kept.index_R is not None:
             lead = min(_LEAD, len(buffer))
             hidden = hidden_RD.detach().index_select(0, kept.index_R[:lead]).to(head.product_dtype)
             _logits(buffer[:lead, :vocab_size], hidden, weight, bias_V, head)
         num_rows, index_R = kept.wait()
+        if grad_hidden is not None and index_R is not None:
+            grad_hidden.zero_()
         grad_weight = grad_bias = None
         if wants[1]:
             # One product fills it; several are summed in float32.
@@ -237,7 +234,7 @@ class _Linear(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 scale_in_place(gradient if gradient.ndim == 2 else gradient[None], grad_loss)
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
 def linear_distill_loss_fused(
@@ -250,7 +247,8 @@ def linear_distill_loss_fused(
 ) -> DistillOutput:
     """See ``linear_distill_loss``; hidden states in float32, bfloat16 or float16."""
     num_rows, vocab_size = len(hidden_RD), len(weight_VD)
-    strategy_R, js_R, weight_R = gate(row, vocab_size)
+    diagnostics = gate(row, vocab_size)
+    _, strategy_R, js_R, _, _, weight_R = diagnostics
     if not torch.is_grad_enabled():
         hidden_RD, weight_VD = hidden_RD.detach(), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
@@ -259,5 +257,7 @@ def linear_distill_loss_fused(
         chunk = choose_chunk(num_rows, vocab_size, size, _room(hidden_RD.device))
     plans = [_plan(hidden_RD, weight_VD, head, chunk)]  # a list, to be let go of inside
     kept = _Kept(strategy_R)
-    loss, kd_R, ce_R = _Linear.apply(hidden_RD, weight_VD, bias_V, row, head, plans, kept)
+    loss, kd_R, ce_R = _Linear.apply(
+        hidden_RD, weight_VD, bias_V, row, head, plans, kept, diagnostics
+    )
     return DistillOutput(loss, strategy_R, js_R, kd_R, ce_R, weight_R)

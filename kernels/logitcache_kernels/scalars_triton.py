@@ -1,7 +1,8 @@
-"""Small kernels around the loss: how many positions count, what they add up to, a late factor.
+"""Small kernels around the loss: how many positions count, which carry a loss, what they add up
+to, a late factor.
 
-One program counts or adds in a fixed order: 8 R or 4 R bytes read, in one launch where torch's
-operations would take five and two.
+One program counts, lists or adds in a fixed order: 8 R, 5 R or 4 R bytes moved, in one launch where
+torch's operations would take five, eight and two.
 
 The late factor multiplies a gradient in place by a scalar that lies on the device, g <- s g. Bytes
 moved per row, bf16: 4 V; none but the scalar where s = 1, the usual case (the loss is what
@@ -23,6 +24,26 @@ def count_kernel(labels_ptr, per_item_ptr, num_rows, IGNORED: tl.constexpr, BLOC
         labels = tl.load(labels_ptr + start + at, mask=start + at < num_rows, other=IGNORED)
         count += (labels != IGNORED).to(tl.int32)
     tl.store(per_item_ptr, 1.0 / tl.maximum(tl.sum(count, 0), 1).to(tl.float32))
+
+
+@triton.jit
+def kept_kernel(
+    strategy_ptr, index_ptr, count_ptr, num_rows, SKIPPED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Positions that are not skipped, in order, and zeros behind them; their number."""
+    at = tl.arange(0, BLOCK)
+    count = tl.zeros((), tl.int32)
+    for start in range(0, num_rows, BLOCK):
+        here = start + at < num_rows
+        keep = tl.load(strategy_ptr + start + at, mask=here, other=SKIPPED) != SKIPPED
+        before = tl.cumsum(keep.to(tl.int32), 0) - 1
+        tl.store(index_ptr + count + before, start + at, mask=keep)
+        count += tl.sum(keep.to(tl.int32), 0)
+    nothing = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, num_rows, BLOCK):
+        rest = (start + at >= count) & (start + at < num_rows)
+        tl.store(index_ptr + start + at, nothing, mask=rest)
+    tl.store(count_ptr, count.to(tl.int64))
 
 
 @triton.jit
