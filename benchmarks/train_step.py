@@ -122,6 +122,7 @@ class Measurement:
         spec = DistillSpec(temperature=2.0)
         model = load_causal_lm(self.folders[0], torch.float32, self.device).train()
         if self.options.compile:
+            torch._dynamo.config.recompile_limit = 64  # several models share their code
             model.get_decoder().compile()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         feed = Feed(open_store(self.store), spec.temperature, self.device, 0)
