@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-BUNDLED = ROOT / "distill" / "bundled"
+from distill.bundled import BUNDLED
+
 SPREAD = 4.0  # standard deviation of real teachers' logits
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary; Qwen2's shapes, V of Qwen2.5.

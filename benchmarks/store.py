@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-BUNDLED = ROOT / "distill" / "bundled"
+from distill.bundled import BUNDLED
+
 # Random Sampling KD draws 50: this threshold is as exact.
 PURE = {"min_prob": 0.039, "threshold": 0.039, "sample_temperature": 1.0}
 PROFILES: dict[str, dict[str, Any]] = {

@@ -64,11 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _prepared(options: argparse.Namespace, device: str) -> tuple[Any, Any]:
-    """Configuration and plan of the build; the teacher and its text are made where missing."""
-    from logitcache.builder import plan
-    from logitcache.config import BuildConfig
-
+def _inputs(options: argparse.Namespace) -> tuple[Path, Path]:
+    """The teacher and its text, made where missing."""
     from .models import write_text
 
     options.work.mkdir(parents=True, exist_ok=True)
@@ -76,6 +73,15 @@ def _prepared(options: argparse.Namespace, device: str) -> tuple[Any, Any]:
     data = options.work / f"data-{options.tokens}.jsonl"
     if not data.exists():
         write_text(teacher, data, options.tokens)
+    return teacher, data
+
+
+def _planned(options: argparse.Namespace, device: str) -> tuple[Any, Any]:
+    """Configuration and plan of the build."""
+    from logitcache.builder import plan
+    from logitcache.config import BuildConfig
+
+    teacher, data = _inputs(options)
     config = BuildConfig(
         teacher1=teacher,
         data=(data,),
@@ -101,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     from .common import machine
 
-    config, planned = _prepared(options, options.device)
+    config, planned = _planned(options, options.device)
     store = _new_store(planned, config.out)
     run = TeacherRun(config.teacher1, "teacher1", store, planned.rows, config, None)
     shards = range(len(store.ranges))
@@ -149,11 +155,11 @@ def measure_several(options: argparse.Namespace) -> dict[str, Any]:
     torch.distributed.init_process_group("gloo")
     rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if rank == 0:
-        _prepared(options, options.device)
+        _inputs(options)
     torch.distributed.barrier()
     on_gpu = options.device.startswith("cuda")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else "cpu"
-    config, planned = _prepared(options, device)
+    config, planned = _planned(options, device)
     if rank == 0:
         _new_store(planned, config.out)
     torch.distributed.barrier()
