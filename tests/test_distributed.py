@@ -4,36 +4,26 @@ adapters, accumulation and uneven last batches; the command under torchrun."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from several_checks import (
+    assert_ends_where_one_does,
+    assert_resumed_to_the_same_bits,
+    torchrun,
+    train_all_cases,
+)
 from training_runs import CASES, RESUMED, SETTINGS, case_request, losses, make_inputs, request
 
-from distill.ema import trained_weights
-from distill.train import make_trainer, train
+from distill.train import train
 from logitcache import build, open_store
 from logitcache.errors import UsageError
 from logitcache.verify import verify_store
 
 # peft asks transformers by the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
-WORKER = Path(__file__).with_name("ddp_worker.py")
-
-
-def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [*command, str(WORKER), *map(str, words)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -43,50 +33,19 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def double(inputs: Path) -> Path:
-    """All cases, trained by two processes in one launch."""
-    run = torchrun(inputs, inputs / "double")
-    assert run.returncode == 0, run.stderr[-5000:]
-    return inputs / "double"
+    return train_all_cases(inputs)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_end_where_one_does(
     inputs: Path, double: Path, tmp_path: Path, name: str
 ) -> None:
-    asked = case_request(inputs, tmp_path, name, processes=1)
-    trainer = make_trainer(asked, asked.config())
-    start = {n: p.detach().clone() for n, p in trained_weights(trainer._core).items()}
-    trainer.train()
-    records, held_out = json.loads((double / name / "log.json").read_text(encoding="utf-8"))
-    ours = [entry for entry in trainer.state.log_history if "loss_kd" in entry]
-    assert [entry["step"] for entry in records] == [1, 2, 3, 4]
-    assert 0.2 < records[0]["share_blended"] < 1  # the gate has something to decide
-    for entry, expected in zip(records, ours, strict=True):
-        for key in ("loss", "grad_norm", "share_blended", "mean_js", "loss_ce"):
-            assert entry[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-7), key
-    weights = load_file(double / name / "weights.safetensors")
-    averages = load_file(double / name / "averages.safetensors")
-    after = trained_weights(trainer._core)
-    assert trainer.average is not None
-    assert weights.keys() == averages.keys() == after.keys()
-    for key, weight in after.items():
-        moved = float((weight.detach() - start[key]).abs().max())
-        torch.testing.assert_close(weights[key], weight.detach(), rtol=0, atol=1e-3 * moved)
-        average = trainer.average.weights[key]
-        torch.testing.assert_close(averages[key], average.detach(), rtol=0, atol=1e-3 * moved)
-    for key, value in trainer.evaluate().items():
-        assert held_out[key] == pytest.approx(value, rel=1e-4), key
+    assert_ends_where_one_does(inputs, double, tmp_path, name)
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_two_processes_go_on_to_the_same_bits(double: Path, name: str) -> None:
-    for part in ("weights", "averages"):
-        whole, parts = (
-            load_file(double / folder / f"{part}.safetensors")
-            for folder in (name, f"{name} resumed")
-        )
-        assert whole.keys() == parts.keys()
-        assert all(torch.equal(whole[key], parts[key]) for key in whole), part
+    assert_resumed_to_the_same_bits(double, name)
     path = double / name / "checkpoints" / "checkpoint-2"
     assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
 
