@@ -59,6 +59,13 @@ def _value(p, plain, x):
 
 
 @triton.jit
+def _no_loss(loss_ptr, kd_ptr, ce_ptr, position):
+    tl.store(loss_ptr + position, 0.0)
+    tl.store(kd_ptr + position, 0.0)
+    tl.store(ce_ptr + position, 0.0)
+
+
+@triton.jit
 def plan_kernel(
     z_ptr, index_ptr, z_stride,
     ids1_ptr, logp1_ptr, inclusion1_ptr, partition1_ptr, entropy1_ptr,
@@ -135,15 +142,11 @@ def plan_kernel(
     tl.store(js_ptr + position, js)
     tl.store(weight_ptr + position, weight)
     if not LOGITS:
-        tl.store(loss_ptr + position, 0.0)
-        tl.store(kd_ptr + position, 0.0)
-        tl.store(ce_ptr + position, 0.0)
+        _no_loss(loss_ptr, kd_ptr, ce_ptr, position)
     else:
         tl.store(kind_ptr + i, strategy.to(tl.int8))
         if strategy == 3:
-            tl.store(loss_ptr + position, 0.0)
-            tl.store(kd_ptr + position, 0.0)
-            tl.store(ce_ptr + position, 0.0)
+            _no_loss(loss_ptr, kd_ptr, ce_ptr, position)
         else:
             # What is left out of the sums over the row.
             z1 = logit(z1, cap, SOFTCAP)
