@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import Any
 
 import click
 
-from logitcache.progress import terminal_bar
+from logitcache.progress import TerminalProgress
 
-_PLAIN_INTERVAL_S = 30.0
 _SHARES = ("blended", "t1_only", "gold_fallback", "skip")
 
 
@@ -20,29 +18,14 @@ def describe(logs: dict[str, float]) -> str:
     return f"loss {logs['loss']:.4f}, {shares}, {logs['tokens_per_second']:,.0f} tokens/s"
 
 
-class TrainProgress:
+class TrainProgress(TerminalProgress):
     """Shows step, loss, what the gate decides, speed and time left; call it as train.Report."""
 
     def __init__(self, quiet: bool):
-        self.quiet = quiet
+        super().__init__(quiet, "step", "")
         self._start: tuple[float, int] | None = None
-        self._said = time.monotonic()
         self._detail = ""
-        self._bar: Any = None
         self._task: Any = None
-
-    def __enter__(self) -> TrainProgress:
-        self._bar = terminal_bar(self.quiet, "step", "")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def note(self, text: str) -> None:
         """Say something without disturbing the bar."""
@@ -62,12 +45,11 @@ class TrainProgress:
                 self._task = self._bar.add_task("", total=total, detail="")
             self._bar.update(self._task, completed=step, detail=self._detail)
             return
-        last = step == total and logs is not None
-        if self.quiet or not self._detail or not (now - self._said >= _PLAIN_INTERVAL_S or last):
+        if not self._detail:
             return
-        self._said = now
         since, first = self._start
         left = ""
         if step > first and step < total:
             left = f", {(now - since) / (step - first) * (total - step):,.0f} s left"
-        click.echo(f"step {step:,} of {total:,}: {self._detail}{left}", err=True)
+        last = step == total and logs is not None
+        self._say(now, f"step {step:,} of {total:,}: {self._detail}{left}", last)

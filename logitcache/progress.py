@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import click
 
@@ -34,41 +34,29 @@ def every_30_s(show: Callable[[int, int], None]) -> Callable[[int, int], None]:
     return call
 
 
-def terminal_bar(quiet: bool, name: str, unit: str) -> Any:
-    """A started bar of rich on a terminal, whose tasks have a field "detail"; None elsewhere."""
-    if quiet or not sys.stderr.isatty():
-        return None
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+class TerminalProgress:
+    """A bar on a terminal for as long as the context lasts, whose tasks have a field "detail";
+    elsewhere there is none, and lines are said."""
 
-    bar = Progress(
-        TextColumn(name),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}" + unit),
-        TextColumn("{task.fields[detail]}", markup=False),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    bar.start()
-    return bar
-
-
-class BuildProgress:
-    """Shows tokens/s, time left and bytes written of each teacher; call it as builder.Report.
-
-    rates: tokens per second of each teacher's own run, for the command's result.
-    """
-
-    def __init__(self, quiet: bool):
-        self.quiet = quiet
-        self.rates: dict[str, float] = {}
-        self._start: dict[str, tuple[float, int]] = {}
-        self._last_line, self._last_written = time.monotonic(), 0
+    def __init__(self, quiet: bool, name: str, unit: str):
+        self.quiet, self._name, self._unit = quiet, name, unit
+        self._said = time.monotonic()
         self._bar: Any = None
-        self._tasks: dict[str, Any] = {}
 
-    def __enter__(self) -> BuildProgress:
-        self._bar = terminal_bar(self.quiet, "{task.description}", " tokens")
+    def __enter__(self) -> Self:
+        if not self.quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn(self._name),
+                BarColumn(),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f}" + self._unit),
+                TextColumn("{task.fields[detail]}", markup=False),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
         return self
 
     def __exit__(
@@ -79,6 +67,28 @@ class BuildProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def _say(self, now: float, line: str, last: bool) -> bool:
+        """A plain line, if the one before is old enough or this is the last; whether it was."""
+        due = not self.quiet and (now - self._said >= _PLAIN_INTERVAL_S or last)
+        if due:
+            self._said = now
+            click.echo(line, err=True)
+        return due
+
+
+class BuildProgress(TerminalProgress):
+    """Shows tokens/s, time left and bytes written of each teacher; call it as builder.Report.
+
+    rates: tokens per second of each teacher's own run, for the command's result.
+    """
+
+    def __init__(self, quiet: bool):
+        super().__init__(quiet, "{task.description}", " tokens")
+        self.rates: dict[str, float] = {}
+        self._start: dict[str, tuple[float, int]] = {}
+        self._last_written = 0
+        self._tasks: dict[str, Any] = {}
 
     def __call__(self, teacher: str, done: int, total: int, written: int, shard: int) -> None:
         now = time.monotonic()
@@ -94,11 +104,9 @@ class BuildProgress:
             if teacher not in self._tasks:
                 self._tasks[teacher] = self._bar.add_task(teacher, total=total, detail="")
             self._bar.update(self._tasks[teacher], completed=done, detail=detail)
-        elif not self.quiet and (
-            now - self._last_line >= _PLAIN_INTERVAL_S
-            or (done == total and written != self._last_written)
-        ):
-            self._last_line, self._last_written = now, written
+        else:
+            last = done == total and written != self._last_written
             left = f", {(total - done) / rate:,.0f} s left" if rate and done < total else ""
             line = f"{teacher}: {done:,} of {total:,} tokens, {detail}{left}"
-            click.echo(line, err=True)
+            if self._say(now, line, last):
+                self._last_written = written
