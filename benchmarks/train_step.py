@@ -82,16 +82,15 @@ class Measurement:
         if self.on_gpu:
             torch.cuda.set_device(self.device)
         work = options.work / student
-        source = options.smollm if student == "135M" else None
+        made = work / f"made-{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}"
         if local == 0:
             work.mkdir(parents=True, exist_ok=True)
-            self.folders = make_folders(work, student, source, self.device)
+            source = options.smollm if student == "135M" else None
+            folders = make_folders(work, student, source, self.device)
             # An epoch is longer than a run: at its end a feed starts anew, and is waited for.
             processes = int(os.environ.get("WORLD_SIZE", "1"))
             tokens = options.rows * options.seq_len * (options.steps + 1) * 8 * processes
-            make_store(work, self.folders, tokens, options.seq_len, self.device)
-        made = work / f"made-{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}"
-        if local == 0:
+            make_store(work, folders, tokens, options.seq_len, self.device)
             made.touch()
         while not made.exists():  # the first process of this host makes them
             time.sleep(1.0)
@@ -143,13 +142,12 @@ class Measurement:
             "recomputed": self.student,
         }
         for name, shape in variants.items():
-            wanted = {"ours": calls["ours"]}
             if name == "recomputed":  # activations: last, for it stays so
                 recompute = getattr(model, "activation_checkpointing_enable", None)
                 (recompute or model.gradient_checkpointing_enable)()
-                wanted |= {key: call for key, call in calls.items() if key == "ce liger"}
-                alone = self.timed(wanted, model, optimizer)  # without teachers in memory
-                timings |= {f"{key} alone, {name}": value for key, value in alone.items()}
+                alone = {key: calls[key] for key in ("ours", "ce liger") if key in calls}
+                found = self.timed(alone, model, optimizer)  # without teachers in memory
+                timings |= {f"{key} alone, {name}": value for key, value in found.items()}
             with contextlib.suppress(torch.OutOfMemoryError):  # not measured then
                 teachers = [make_model(shape, torch.bfloat16, self.device, n) for n in (1, 2)]
                 for teacher in teachers if self.options.compile else ():
