@@ -128,7 +128,7 @@ def _rows_value(logits_RV: torch.Tensor, *flat: Any) -> list[torch.Tensor]:
 def _one_over_count(labels_R: torch.Tensor) -> torch.Tensor:
     per_item = torch.empty((), dtype=torch.float32, device=labels_R.device)
     count_kernel[(1,)](
-        labels_R, per_item, len(labels_R), IGNORED=IGNORED_LABEL, BLOCK=4096, num_warps=8
+        labels_R, per_item, len(labels_R), IGNORED=IGNORED_LABEL, BLOCK=8192, num_warps=32
     )
     return per_item
 
@@ -212,6 +212,7 @@ class _Distill(torch.autograd.Function):
         ctx.late = late_factor is not None
         ctx.save_for_backward(gradient_RV, *([late_factor] if ctx.late else []))
         ctx.mark_non_differentiable(*diagnostics)
+        ctx.set_materialize_grads(False)  # five tensors of zeros for the diagnostics otherwise
         return (loss * late_factor if ctx.late else loss, *diagnostics)
 
     @staticmethod

@@ -274,7 +274,7 @@ def positions_kept(strategy_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     index_R = torch.empty(strategy_R.shape, dtype=torch.int32, device=strategy_R.device)
     count = torch.empty((), dtype=torch.int64, device=strategy_R.device)
     kept_kernel[(1,)](
-        strategy_R, index_R, count, len(strategy_R), SKIPPED=SKIP, BLOCK=4096, num_warps=8
+        strategy_R, index_R, count, len(strategy_R), SKIPPED=SKIP, BLOCK=8192, num_warps=32
     )
     return index_R, count
 
@@ -282,5 +282,5 @@ def positions_kept(strategy_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def add_up(loss_R: torch.Tensor, per_item: torch.Tensor) -> torch.Tensor:
     """The batch's loss, a scalar."""
     total = torch.empty((), dtype=torch.float32, device=loss_R.device)
-    sum_kernel[(1,)](loss_R, per_item, total, len(loss_R), BLOCK=4096, num_warps=8)
+    sum_kernel[(1,)](loss_R, per_item, total, len(loss_R), BLOCK=8192, num_warps=32)
     return total

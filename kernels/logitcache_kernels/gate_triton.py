@@ -66,30 +66,33 @@ def match(
 ):  # fmt: skip
     """Teacher 2 on list 1 (logp, -inf for nothing; inclusion); which of list 2 are in list 1.
 
-    Tables are reduced along their first axis, which a thread holds whole: no data moves.
+    An exclusive or of ids is 0 where they are equal, so a minimum finds them: two instructions a
+    pair. Tables are reduced along their first axis, which a thread holds whole: no data moves.
     """
-    logp2_on1 = tl.full([KP], float("-inf"), tl.float32)
-    inclusion2_on1 = tl.zeros([KP], tl.float32)
+    keys1 = ids1.to(tl.uint32, bitcast=True)
+    keys2 = ids2.to(tl.uint32, bitcast=True)
+    within = tl.arange(0, _SLICE)
+    at2 = tl.full([KP], -1, tl.int32)  # where list 2 has an id of list 1
     for start in range(0, K2, _SLICE):
-        at, end = row * ids2_stride + start, row * ids2_stride + K2
-        ids = load_ids(ids2_ptr, at, end, V, _SLICE, -2)
-        equal = ids[:, None] == ids1[None, :]
-        at, end = row * logp2_stride + start, row * logp2_stride + K2
-        part = load_floats(logp2_ptr, at, end, ids >= 0, float("-inf"), _SLICE)
-        part = tl.max(tl.where(equal, part[:, None], float("-inf")), 0)
-        logp2_on1 = tl.maximum(logp2_on1, part)
-        if SAMPLED:
-            at, end = row * inclusion2_stride + start, row * inclusion2_stride + K2
-            part = load_floats(inclusion2_ptr, at, end, ids >= 0, 1.0, _SLICE)
-            part = tl.max(tl.where(equal, part[:, None], 0.0), 0)
-            inclusion2_on1 = tl.maximum(inclusion2_on1, part)
-    repeated2 = tl.zeros([KP], tl.int32)
+        first, end = row * ids2_stride + start, row * ids2_stride + K2
+        keys = load_ids(ids2_ptr, first, end, V, _SLICE, -2).to(tl.uint32, bitcast=True)
+        keys = keys * _SLICE + within.to(tl.uint32)
+        nearest = tl.min(keys[:, None] ^ (keys1 * _SLICE)[None, :], 0)
+        at2 = tl.where(nearest < _SLICE, start + nearest.to(tl.int32), at2)
+    found = at2 >= 0
+    first = row * logp2_stride
+    logp2_on1 = tl.load(logp2_ptr + first + at2, mask=found, other=float("-inf")).to(tl.float32)
+    inclusion2_on1 = tl.full([KP], 1.0, tl.float32)
+    if SAMPLED:
+        first = row * inclusion2_stride
+        inclusion2_on1 = tl.load(inclusion2_ptr + first + at2, mask=found, other=1.0)
+        inclusion2_on1 = inclusion2_on1.to(tl.float32)
+    nearest = tl.full([KP], 1, tl.uint32)
     for start in range(0, K1, _SLICE):
-        at, end = row * ids1_stride + start, row * ids1_stride + K1
-        ids = load_ids(ids1_ptr, at, end, V, _SLICE, -1)
-        equal = ids[:, None] == ids2[None, :]
-        repeated2 = tl.maximum(repeated2, tl.max(equal.to(tl.int32), 0))
-    inclusion2_on1 = tl.where(inclusion2_on1 > 0.0, inclusion2_on1, 1.0)
+        first, end = row * ids1_stride + start, row * ids1_stride + K1
+        keys = load_ids(ids1_ptr, first, end, V, _SLICE, -1).to(tl.uint32, bitcast=True)
+        nearest = tl.minimum(nearest, tl.min(keys[:, None] ^ keys2[None, :], 0))
+    repeated2 = (nearest == 0).to(tl.int32)
     return logp2_on1, inclusion2_on1, repeated2
 
 

@@ -223,6 +223,7 @@ class _Linear(torch.autograd.Function):
             grad_bias = grad_bias.to(bias_V.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(*diagnostics[3:5])
+        ctx.set_materialize_grads(False)
         return (add_up(diagnostics[0], per_item), *diagnostics[3:5])
 
     @staticmethod
