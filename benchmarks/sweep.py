@@ -29,13 +29,14 @@ _PROFILED = 4
 
 
 def _settings() -> list[tuple[int, ...]]:
-    """Tile, tiles of a slice, warps, programs a multiprocessor, registers a thread."""
+    """Tile, most tiles of a slice, warps, programs a multiprocessor, registers a thread."""
     return [
+        (512, 15, 2, 4, 255),
+        (512, 14, 2, 4, 255),
+        (512, 13, 2, 4, 255),
+        (512, 9, 2, 6, 168),
+        (1024, 14, 4, 2, 255),
         (2048, 4, 4, 3, 168),
-        (4096, 2, 4, 3, 168),
-        (2048, 6, 4, 2, 255),
-        (1024, 6, 2, 4, 255),
-        (1024, 4, 2, 6, 168),
     ]
 
 

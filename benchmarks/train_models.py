@@ -63,6 +63,13 @@ def make_store(
     return work / "store"
 
 
+def compile_layers(model: Any) -> None:
+    """Compile each layer of a decoder in place. All share one graph, so it takes seconds; one of the
+    whole decoder takes a minute, for each model and each kind of input."""
+    for layer in model.get_decoder().layers:
+        layer.compile()
+
+
 def cross_entropies(smoke: bool) -> dict[str, Callable[[Any, dict[str, Any]], torch.Tensor]]:
     """CE-only fine-tuning by name: functions of a model and its inputs, whole batches averaged.
     Those of packages that are not installed are left out."""

@@ -4,7 +4,7 @@ The same student, data, batch and optimizer (fp32 weights, bf16 autocast, clippi
 with our loss from a store, with cross entropy alone by whoever is fastest there, and with two
 teachers in memory: times in turn, a block of steps each, and peak memory. Then what DistillTrainer
 adds to a bare loop of the same operations, and how long it waits for data. Under torchrun: tokens/s
-of DistillTrainer on all processes. --compile: the decoders of all of these by torch.compile.
+of DistillTrainer on all processes. --compile: the losses alone, the layers of all models compiled.
 --smoke: tiny shapes, on a CPU too.
 """
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4, help="steps in a block")
     parser.add_argument("--work", type=Path, default=Path("build") / "benchmark-train")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--compile", action="store_true", help="compiled decoders")
+    parser.add_argument("--compile", action="store_true", help="compiled layers")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, any device")
     options = parser.parse_args(argv)
     import torch
@@ -100,6 +100,8 @@ class Measurement:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             return self.with_trainer(with_bare_loop=False)
         found = self.losses()
+        if self.options.compile:  # the rest says nothing more about compiled layers
+            return found
         found["ratios"] |= (trainer := self.with_trainer())["ratios"]
         return {**found, "trainer": {k: v for k, v in trainer.items() if k != "ratios"}}
 
@@ -115,14 +117,14 @@ class Measurement:
         from logitcache_kernels import DistillSpec
 
         from .models import make_model
-        from .train_models import LARGE, cross_entropies, online_loss
+        from .train_models import LARGE, compile_layers, cross_entropies, online_loss
         from .train_table import ratios
 
         spec = DistillSpec(temperature=2.0)
         model = load_causal_lm(self.folders[0], torch.float32, self.device).train()
         if self.options.compile:
-            torch._dynamo.config.recompile_limit = 64  # several models share their code
-            model.get_decoder().compile()
+            torch.compiler.reset()  # what the student before has left
+            compile_layers(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         feed = Feed(open_store(self.store), spec.temperature, self.device, 0)
         inputs = next(feed.inputs([list(range(self.options.rows))]))
@@ -151,7 +153,7 @@ class Measurement:
             with contextlib.suppress(torch.OutOfMemoryError):  # not measured then
                 teachers = [make_model(shape, torch.bfloat16, self.device, n) for n in (1, 2)]
                 for teacher in teachers if self.options.compile else ():
-                    teacher.get_decoder().compile()
+                    compile_layers(teacher)
 
                 def online(teachers: list[Any] = teachers) -> Any:
                     at = {key: inputs[key] for key in ("input_ids", "position_ids")}
@@ -258,7 +260,6 @@ class Measurement:
             "logging_steps": steps * 2,
             "learning_rate": 1e-6,
             "use_cpu": not self.on_gpu,
-            "torch_compile": self.options.compile,
             **more,
         }
         out = self.options.work / self.student / "run"
@@ -291,8 +292,6 @@ class Measurement:
 
         trainer = self._make_trainer(steps)
         model, feed = trainer._core.train(), trainer._feed
-        if self.options.compile:
-            model.compile()
         optimizer = trainer.create_optimizer()
         average = WeightAverage(model, 0.999)
         batches = feed.inputs(rows for _ in range(1000) for rows in trainer.row_order())

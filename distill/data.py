@@ -165,8 +165,8 @@ class Feed:
                 yield inputs
                 copied.synchronize()  # done a step ago; then what is pinned may be written over
                 del pinned
-        finally:  # closed at its last batch, whose copy may be under way
-            stream.synchronize()
+        finally:  # closed early, a copy may be under way
+            stream.record_event().synchronize()
 
 
 def _used_by(stream: torch.cuda.Stream, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The fused losses against the eager oracle in float64, in Triton's interpreter on the CPU."""
 
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -269,14 +270,14 @@ def test_launch_settings_fit_every_vocabulary_and_the_registers() -> None:
 
     from logitcache_kernels.distill_launch import gpu_config
 
-    for vocab in (1, 1000, 2**16, 2**16 + 1, 151936, 196608, 196609, 262208, 786433, 2**20):
-        for paired in (False, True):
-            config = gpu_config(vocab, paired)
-            threads = 32 * config.warps
-            slices = triton.cdiv(vocab, config.tile * config.tiles)
-            assert triton.next_power_of_2(slices) < threads, (vocab, paired)
-            assert config.warps > 1, "a reduction within a warp is no barrier"
-            assert config.per_multiprocessor * threads * config.registers <= 65536
+    vocabularies = (1, 1000, 32000, 151936, 229376, 229377, 262208, 786433, 2**20)
+    for vocab, *kind in product(vocabularies, (False, True), (False, True)):
+        config = gpu_config(vocab, *kind)
+        threads = 32 * config.warps
+        slices = triton.cdiv(vocab, config.tile * config.tiles)
+        assert triton.next_power_of_2(slices) < threads, (vocab, kind)
+        assert config.warps > 1, "a reduction within a warp is no barrier"
+        assert config.per_multiprocessor * threads * config.registers <= 65536
 
 
 @pytest.mark.parametrize("num_rows", [1, 4095, 4096, 9000])

@@ -30,7 +30,7 @@ class RowConfig(NamedTuple):
     """How rows are cut into slices, and how programs share the device."""
 
     tile: int  # elements loaded at once, a power of two
-    tiles: int  # of a slice
+    tiles: int  # of a slice, at most
     warps: int
     per_multiprocessor: int  # programs; times warps * 32 * registers at most 65536
     registers: int  # at most, a thread
@@ -47,30 +47,34 @@ class Row(NamedTuple):
     spec: DistillSpec
 
 
-def gpu_config(vocab_size: int, paired: bool) -> RowConfig:
+def gpu_config(vocab_size: int, paired: bool, capped: bool) -> RowConfig:
     """The fastest of a sweep on an H200 (docs/kernels.md); frozen, as tuning in place corrupts.
 
     paired: whether a register holds two elements. The slices of a row, as a power of two, must be
-    fewer than the threads of a program: Triton 3.6 cannot compile their sums otherwise.
+    fewer than the threads of a program: Triton 3.6 cannot compile their sums otherwise. A thread
+    loads eight paired elements of a tile at once; more tiles do not fit its registers, of logits
+    with a cap (capped) fewer.
     """
     if not paired:
         if vocab_size <= 2**18:
             return RowConfig(1024, 4, 4, 3, 168)
         return RowConfig(2048, 4, 8, 1, 168)
-    if vocab_size <= 2**16:
-        return RowConfig(1024, 4, 2, 6, 168)
-    if vocab_size <= 32 * 6 * 1024:
-        return RowConfig(1024, 6, 2, 4, 255)
-    if vocab_size <= 64 * 6 * 2048:
-        return RowConfig(2048, 6, 4, 2, 255)
-    return RowConfig(4096, 6, 8, 1, 255)
+    tiles = 12 if capped else 14
+    for warps in (2, 4):
+        if triton.cdiv(vocab_size, 256 * warps * tiles) <= 16 * warps:
+            return RowConfig(256 * warps, tiles, warps, 8 // warps, 255)
+    return RowConfig(2048, tiles, 8, 1, 255)
 
 
-def choose_config(vocab_size: int, paired: bool) -> RowConfig:
+def choose_config(vocab_size: int, paired: bool, capped: bool) -> RowConfig:
     """How the rows of a vocabulary are cut, on a GPU or in the interpreter."""
-    if INTERPRETED:  # programs run one after the other: none may wait for another
-        return RowConfig(max(triton.next_power_of_2(vocab_size) // 2, 16), 2, 4, 1, 0)
-    return gpu_config(vocab_size, paired)
+    if INTERPRETED:
+        # Programs run one after the other, so none may wait for another: three have whole rows, or,
+        # of more than 64 elements, one has both halves of every row.
+        whole = vocab_size <= 64
+        tile = triton.next_power_of_2(vocab_size) // (2 if whole else 4)
+        return RowConfig(max(tile, 16), 2, 4, 3 if whole else 1, 0)
+    return gpu_config(vocab_size, paired, capped)
 
 
 def _stride(x: torch.Tensor | None) -> int:
@@ -186,7 +190,7 @@ def launch(
         return
     spec, device = row.spec, logits_RV.device
     paired = _has_pairs(logits_RV) and (gradient_RV is None or _has_pairs(gradient_RV))
-    config = config or choose_config(vocab_size, paired)
+    config = config or choose_config(vocab_size, paired, softcap is not None)
     most = config.tile * config.tiles
     slices = triton.cdiv(vocab_size, most)
     size = triton.cdiv(triton.cdiv(vocab_size, slices), _ALIGNMENT) * _ALIGNMENT
@@ -242,7 +246,7 @@ def launch(
         HAS_INDEX=index_R is not None,
         C=slices,
         CP=padded,
-        TILES=config.tiles,
+        TILES=min(triton.cdiv(size, config.tile), config.tiles),
         BLOCK=config.tile // per,
         FORMAT=x_format,
         OPAQUE=not INTERPRETED,
@@ -257,10 +261,10 @@ def _has_pairs(x: torch.Tensor) -> bool:
 
 def _num_programs(num_items: int, device: torch.device, config: RowConfig) -> int:
     """A program for each place on the device, not more than slices."""
-    if device.type != "cuda":
-        return min(num_items, 3)
-    device_ = torch.cuda.get_device_properties(device)
-    return min(num_items, device_.multi_processor_count * config.per_multiprocessor)
+    processors = 1
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(num_items, processors * config.per_multiprocessor)
 
 
 def new_diagnostics(num_rows: int, device: torch.device) -> list[torch.Tensor]:

@@ -97,7 +97,7 @@ def store_tile(ptr, size, left, tile: tl.constexpr, x, BLOCK: tl.constexpr):
     """Write one tile of the slice at ptr; what is written is not read again soon."""
     at = tile * BLOCK + tl.arange(0, BLOCK)
     here = at < tl.minimum(size, left)
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=here, cache_modifier=".cs")
+    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit
