@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .words import Runs, spread
+
 GROUP_SIZE = 32  # ids
 _GROUP_STEP, _ID_STEP = 0x9E3779B9, 0x85EBCA6B
 _KEY1_SALT = 0x2545F491
@@ -54,10 +56,10 @@ def num_groups(vocab_size: int) -> int:
     return (vocab_size - 1 >> 12) * 128 + min((vocab_size - 1) % 4096 // 8, 127) + 1
 
 
-def holders(keys_P: np.ndarray, count_P: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Holders of count_P[p] groups at each position, uint32 [E]."""
+def holders(keys_P: np.ndarray, runs: Runs, groups: np.ndarray) -> np.ndarray:
+    """Holders of the groups at each position, uint32 [E]."""
     # Bytes of memory are what this costs: two arrays, used again and again.
-    word = np.repeat(keys_P - _U32(_ID_STEP), count_P)
+    word = spread(keys_P.take(runs.kept) - _U32(_ID_STEP), runs, len(groups))
     spare = groups * _U32(_ID_STEP)
     word -= spare
     np.right_shift(word, _U32(16), out=spare)
@@ -72,10 +74,15 @@ def holders(keys_P: np.ndarray, count_P: np.ndarray, groups: np.ndarray) -> np.n
 
 def split_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Group and member of each id, uint32."""
-    groups = (ids >> _U32(12)) << _U32(7)
-    groups |= (ids >> _U32(3)) & _U32(127)
-    members = (ids >> _U32(7)) & _U32(24)
-    members |= ids & _U32(7)
+    groups = ids >> _U32(12)
+    groups <<= _U32(7)
+    spare = ids >> _U32(3)
+    spare &= _U32(127)
+    groups |= spare
+    members = ids >> _U32(7)
+    members &= _U32(24)
+    np.bitwise_and(ids, _U32(7), out=spare)
+    members |= spare
     return groups, members
 
 

@@ -90,6 +90,16 @@ class Fields:
     gold_P: np.ndarray
 
 
+def joined(rows: Sequence[Fields]) -> Fields:
+    """Fields of several rows, end to end."""
+    return Fields(
+        np.concatenate([row.tail_PT for row in rows]),
+        np.concatenate([row.entropy_P for row in rows]),
+        np.concatenate([row.top1_P for row in rows]),
+        np.concatenate([row.gold_P for row in rows]),
+    )
+
+
 @dataclass(frozen=True)
 class CertainLogp:
     """logp of all certain entries, exact and as a reader finds them; count_P of them a position."""
@@ -134,7 +144,7 @@ def top1_levels(top1_P: np.ndarray, kept_P: np.ndarray) -> np.ndarray:
 
 def encode_fields(
     fields: Fields,
-    certain: CertainLogp,
+    certain: Sequence[CertainLogp],
     top1: np.ndarray,
     floor_P: np.ndarray | None,
     temperatures: Sequence[float],
@@ -142,10 +152,12 @@ def encode_fields(
 ) -> np.ndarray:
     """Give uint8 [3, width, P], zero where nothing is kept. top1: of ``top1_levels``.
 
+    P: the positions of one or more rows of the same length, each with its entry in certain.
+
     Above T = 1 the stored G also makes up for the rounding of the certain entries, as far as that
     is less than half of the tail: so F(T), which is what G is for, is right to a step.
     """
-    kept_P = certain.count_P > 0
+    kept_P = np.concatenate([row.count_P for row in certain]) > 0
     steps = tail_steps(temperatures, precision)
     out = np.zeros((PLANES, fields_width(temperatures, floor_P is not None), len(kept_P)), np.uint8)
     head, low, high = out
@@ -164,8 +176,8 @@ def encode_fields(
     tail_TP = np.ascontiguousarray(fields.tail_PT.T[rows], np.float32)  # in the chain's order
     empty: np.ndarray = np.logical_not(np.isfinite(tail_TP).all(axis=0))
     tail_TP[:, empty] = 0
-    noise = dither(len(kept_P))
-    _make_up(tail_TP, steps, certain, kept_P, empty)
+    noise = np.tile(dither(len(kept_P) // len(certain)), len(certain))
+    _make_up(tail_TP, steps, certain, kept_P, empty, noise)
     tail_TP *= np.array([[step.per_nat] for step in steps], np.float32)
     tail_TP += noise
     np.rint(tail_TP, out=tail_TP)
@@ -187,9 +199,10 @@ def encode_fields(
 def _make_up(
     tail_TP: np.ndarray,
     steps: Sequence[TailStep],
-    certain: CertainLogp,
+    certain: Sequence[CertainLogp],
     kept_P: np.ndarray,
     empty_P: np.ndarray,
+    noise: np.ndarray,
 ) -> None:
     """Change G above T = 1, in place, by what the certain entries lose in rounding."""
     chain = [step.temperature for step in steps]
@@ -197,16 +210,18 @@ def _make_up(
     if not above:
         return
     one = chain.index(1.0)
-    per_nat, noise = np.float32(steps[one].per_nat), dither(len(kept_P))
+    per_nat = np.float32(steps[one].per_nat)
     q = np.clip(np.rint(tail_TP[one] * per_nat + noise), -_G_MOST, _G_MOST)
     found = np.exp((q - noise) / per_nat)
     found[empty_P] = 0
-    found += certain.sums(np.exp(certain.found))
+    found += np.concatenate([row.sums(np.exp(row.found)) for row in certain])
     shift_P = np.log(found, where=kept_P, out=np.zeros_like(found))
-    missing = certain.missing(shift_P, above)
+    shift_RP = shift_P.reshape(len(certain), -1)
+    rows = [row.missing(shift, above) for row, shift in zip(certain, shift_RP, strict=True)]
     for tail, temperature in zip(tail_TP, chain, strict=True):
         if temperature > 1:
-            share = missing[temperature] * np.exp(np.minimum(-tail, np.float32(80)))
+            missing = np.concatenate([row[temperature] for row in rows])
+            share = missing * np.exp(np.minimum(-tail, np.float32(80)))
             np.clip(share, -0.5, 0.5, out=share)
             tail += shift_P * np.float32(1 / temperature) + np.log(share + np.float32(1))
 

@@ -35,7 +35,7 @@ class LevelTable:
     nats: float
     first: int = 0
 
-    @property
+    @cached_property
     def _bend(self) -> tuple[float, float]:
         """Level and log p where the two halves meet."""
         sqrt_p = 2 * self.step / self.nats
@@ -55,12 +55,19 @@ class LevelTable:
     def encode(self, logp: np.ndarray) -> np.ndarray:
         """Nearest levels, uint8; -inf gets the last one. NaN is the caller's mistake."""
         bend, bend_logp = self._bend
-        level = np.exp(np.float32(0.5) * logp)
-        np.subtract(1 / self.step + self.first + 0.5, level / np.float32(self.step), out=level)
-        small = np.flatnonzero(logp < bend_logp)
-        line = (bend_logp - logp[small]) / np.float32(self.nats)
-        level[small] = line + (bend + self.first + 0.5)
-        return np.clip(level, self.first, LEVELS - 1, out=level).astype(np.uint8)
+        at_bend = np.float32(bend + self.first + 0.5)
+        # Both halves everywhere, each cut off at the bend: to select some of them takes longer.
+        level = np.float32(0.5) * logp
+        np.exp(level, out=level)
+        level /= np.float32(self.step)
+        np.subtract(1 / self.step + self.first + 0.5, level, out=level)
+        np.clip(level, self.first, at_bend, out=level)
+        lowest = bend_logp - self.nats * (LEVELS - 0.5 - float(at_bend))
+        line = np.clip(logp, np.float32(lowest), np.float32(bend_logp))
+        np.subtract(bend_logp, line, out=line)
+        line /= np.float32(self.nats)
+        level += line
+        return level.astype(np.uint8)
 
 
 # Top-1 and gold logp: +-0.004 of sqrt(p), or +-1/16 nat below p = 1/64; down to -22 nats.

@@ -122,7 +122,7 @@ def pack_shard(spec: ArraySpec, rows: Iterable[Sequence[np.ndarray]]) -> bytes:
         for number, plane in enumerate(planes):
             for piece in range(-(-len(plane) // size)):
                 part = plane[piece * size : (piece + 1) * size]
-                if not part.max():  # any() looks at one element at a time
+                if not (part[0] or part.max()):  # any() looks at one element at a time
                     continue
                 whole[: len(part)] = part
                 whole[len(part) :] = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,7 @@ from .codec import (
     has_floor,
 )
 from .draws import position_keys
-from .fields import PLANES, CertainLogp, Fields, decode_fields, encode_fields, top1_levels
-from .levels import FINE
+from .fields import PLANES, CertainLogp, Fields, decode_fields, encode_fields, joined, top1_levels
 
 
 @dataclass(frozen=True)
@@ -79,28 +78,48 @@ def encode_row(
     row: int,
 ) -> dict[str, np.ndarray]:
     """Give the planes of each array of a teacher: uint8 or uint16 [planes, elements]."""
+    return encode_rows([support], attributes, temperatures, rank_of_id, row)[0]
+
+
+def encode_rows(
+    supports: Sequence[Support],
+    attributes: Mapping[str, Any],
+    temperatures: list[float],
+    rank_of_id: np.ndarray,
+    start: int,
+) -> list[dict[str, np.ndarray]]:
+    """Do encode_row for the rows from ``start`` on.
+
+    Small arrays cost by the call: what there is once a position is made for all rows in one go.
+    What there is for each entry is made row by row, as it should stay in the processor's cache.
+    """
     floor, precision = has_floor(attributes), attributes["precision"]
-    certain = support.certain
-    counts = [certain.count_P]
-    top1 = top1_levels(support.fields.top1_P, certain.count_P > 0)
-    planes = {}
-    planes["certain"], floor_P, found = encode_certain(
-        certain, FINE.logp.take(top1), rank_of_id, precision, floor
-    )
-    planes["fields"] = encode_fields(
-        support.fields,
-        CertainLogp(certain.count_P, certain.logp, found),
-        top1,
-        floor_P if floor else None,
-        temperatures,
-        precision,
-    ).reshape(PLANES, -1)
-    if support.sampled is not None:
-        counts.append(support.sampled.count_P)
-        keys = _keys(attributes, row, len(certain.count_P))
-        planes["sampled"] = encode_sampled(support.sampled, keys, len(rank_of_id), precision)
-    planes["count"] = np.concatenate(counts)[None]
-    return planes
+    number, seq_len = len(supports), len(supports[0].certain.count_P)
+    kept = np.concatenate([support.certain.count_P for support in supports]) > 0
+    fields = joined([support.fields for support in supports])
+    top1 = top1_levels(fields.top1_P, kept)
+    top1_RP = top1.reshape(number, seq_len)
+    keys_RP = _keys(attributes, start, number, seq_len).reshape(number, seq_len)
+    rows, floors, certain_logp = [], [], []
+    for support, top1_P, keys_P in zip(supports, top1_RP, keys_RP, strict=True):
+        certain, counts = support.certain, [support.certain.count_P]
+        planes = {}
+        planes["certain"], floor_P, found = encode_certain(
+            certain, top1_P, rank_of_id, precision, floor
+        )
+        floors.append(floor_P)
+        certain_logp.append(CertainLogp(certain.count_P, certain.logp, found))
+        if support.sampled is not None:
+            counts.append(support.sampled.count_P)
+            planes["sampled"] = encode_sampled(support.sampled, keys_P, len(rank_of_id), precision)
+        planes["count"] = np.concatenate(counts)[None]
+        rows.append(planes)
+    all_floors = np.concatenate(floors) if floor else None
+    encoded = encode_fields(fields, certain_logp, top1, all_floors, temperatures, precision)
+    encoded = encoded.reshape(PLANES, -1, number, seq_len)
+    for index, planes in enumerate(rows):
+        planes["fields"] = encoded[:, :, index].reshape(PLANES, -1)
+    return rows
 
 
 def decode_row(
@@ -132,7 +151,7 @@ def decode_row(
     np.subtract(certain.logp, np.repeat(shift_P, count_P), out=certain.logp)
     sampled = None
     if "sampled" in planes:
-        keys = _keys(attributes, row, len(count_P))
+        keys = _keys(attributes, row, 1, len(count_P))
         sampled = decode_sampled(planes["sampled"], count_KP[1], keys, len(id_of_rank), precision)
     tail_TP = fields.tail_PT.T  # as it lies in memory
     inverse_T = np.array([1 / temperature for temperature in temperatures], np.float32)
@@ -142,6 +161,6 @@ def decode_row(
     return Support(certain, sampled, Fields(fields.tail_PT, fields.entropy_P, top1_P, gold_P))
 
 
-def _keys(attributes: Mapping[str, Any], row: int, seq_len: int) -> np.ndarray:
-    positions = row * seq_len + np.arange(seq_len, dtype=np.int64)
+def _keys(attributes: Mapping[str, Any], start: int, number: int, seq_len: int) -> np.ndarray:
+    positions = np.arange(start * seq_len, (start + number) * seq_len, dtype=np.int64)
     return position_keys(int(attributes["seed"]), positions)

@@ -15,6 +15,7 @@ its time than with a plane for each of low byte, high byte and value, and half a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,17 +46,20 @@ class Words:
     def pack(
         self, values: np.ndarray, gaps: np.ndarray, extra: np.ndarray, largest: int
     ) -> np.ndarray:
-        """Planes of the entries, uint8 [planes, E]. All uint32 [E]; gaps are overwritten."""
+        """Planes of the entries, uint8 [planes, E]. All uint32 [E]; extra is overwritten."""
         planes = np.zeros((self.planes(largest), len(values)), np.uint8)
         rare = gaps >> _U32(self.gap_bits)
-        rare |= extra << _U32(self._rest_bits(largest))
+        extra <<= _U32(self._rest_bits(largest))
+        rare |= extra
         more = rare != 0
-        gaps <<= _U32(1)
-        gaps |= more
-        gaps <<= _U32(self.value_bits)
-        gaps |= values
-        split(gaps, planes[: self.word_planes])
-        rare = rare[np.flatnonzero(more)]
+        kind = np.uint16 if self.word_planes == 2 else np.uint32  # the higher bits are not needed
+        word: np.ndarray = gaps.astype(kind)
+        word <<= kind(1)
+        word |= more
+        word <<= kind(self.value_bits)
+        word |= values.astype(kind)
+        split(word, planes[: self.word_planes])
+        rare = rare.take(np.flatnonzero(more))
         split(rare, planes[self.word_planes :, : len(rare)])
         return planes
 
@@ -89,7 +93,7 @@ class Words:
 def split(values: np.ndarray, planes: np.ndarray) -> None:
     """Write the bytes of values, lowest first, into rows of planes."""
     for number, plane in enumerate(planes):
-        plane[:] = values >> _U32(8 * number) if number else values  # the cast keeps 8 bits
+        plane[:] = values >> values.dtype.type(8 * number) if number else values  # keeps 8 bits
 
 
 def join(planes: np.ndarray) -> np.ndarray:
@@ -103,28 +107,48 @@ def join(planes: np.ndarray) -> np.ndarray:
     return values
 
 
-def starts(count_P: np.ndarray) -> np.ndarray:
-    """Where each position's entries begin."""
-    return count_P.cumsum() - count_P
+class Runs(NamedTuple):
+    """The entries of positions that have any. kept: which positions; first: their first entries."""
+
+    kept: np.ndarray
+    first: np.ndarray
 
 
-def gaps_of(numbers: np.ndarray, count_P: np.ndarray, between: int) -> np.ndarray:
+def runs_of(count_P: np.ndarray) -> Runs:
+    kept = np.flatnonzero(count_P > 0)
+    return Runs(kept, (count_P.cumsum() - count_P).take(kept))
+
+
+def spread(values: np.ndarray, runs: Runs, length: int) -> np.ndarray:
+    """Repeat a value of each of runs.kept for its entries; uint32 [length].
+
+    A running sum of differences, modulo 2^32: np.repeat takes longer, as it loops over a position's
+    few entries, a mispredicted branch each time.
+    """
+    steps = np.zeros(length, np.uint32)
+    steps[runs.first[1:]] = values[1:] - values[:-1]
+    steps[:1] = values[:1]
+    return np.add.accumulate(steps, out=steps)
+
+
+def gaps_of(numbers: np.ndarray, runs: Runs, between: int) -> np.ndarray:
     """Rising numbers of each position as gaps, ``between`` less than the difference."""
-    gaps = numbers.copy()
-    gaps[1:] -= numbers[:-1] + _U32(between)
-    first = starts(count_P)[count_P > 0]
-    gaps[first] = numbers[first]
+    gaps = np.empty_like(numbers)
+    np.subtract(numbers[1:], numbers[:-1], out=gaps[1:])
+    if between:
+        gaps -= _U32(between)
+    gaps[runs.first] = numbers.take(runs.first)
     return gaps
 
 
-def running(gaps: np.ndarray, count_P: np.ndarray, between: int) -> np.ndarray:
+def running(gaps: np.ndarray, runs: Runs, between: int) -> np.ndarray:
     """Undo gaps_of, in place."""
     if between:
         gaps += _U32(between)
     sums = np.empty(len(gaps) + 1, np.uint32)
     sums[0] = 0
     np.cumsum(gaps, out=sums[1:])
-    before_P = sums.take(starts(count_P))
+    before = sums.take(runs.first)
     if between:
-        before_P += _U32(between)
-    return np.subtract(sums[1:], np.repeat(before_P, count_P), out=gaps)
+        before += _U32(between)
+    return np.subtract(sums[1:], spread(before, runs, len(gaps)), out=gaps)

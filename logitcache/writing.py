@@ -22,7 +22,9 @@ from .layout import check_manifest, check_teacher
 from .packing import Rows
 from .shards import pack_shard
 from .store import Store, creation_record, digest, metadata_files
-from .support import Support, encode_row
+from .support import Support, encode_rows
+
+_TOGETHER = 1 << 14  # positions that are encoded in one go
 
 
 def _put_record(store: Store, path: Path, record: Mapping[str, Any]) -> None:
@@ -116,9 +118,13 @@ def pack_teacher(
     positions = len(supports) * store.manifest["seq_len"]
     id_of_rank = frequency_order(ids, vocab_size, max(positions // 16, 256))
     rank_of_id = inverse(id_of_rank)
+    grid, together = store.manifest["temperatures"], max(_TOGETHER // store.manifest["seq_len"], 1)
     rows = [
-        encode_row(support, attributes, store.manifest["temperatures"], rank_of_id, row)
-        for row, support in enumerate(supports, start=start)
+        row
+        for first in range(0, len(supports), together)
+        for row in encode_rows(
+            supports[first : first + together], attributes, grid, rank_of_id, start + first
+        )
     ]
     content = {
         array: pack_shard(spec, [list(row[array]) for row in rows])

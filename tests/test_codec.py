@@ -35,7 +35,7 @@ from logitcache.fields import (
     top1_levels,
 )
 from logitcache.levels import FINE, LevelTable, dither
-from logitcache.words import Words
+from logitcache.words import Words, runs_of, spread
 
 GRID = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
 TABLES = [FINE, *(p.table for p in PRECISIONS.values()), level_table("standard", True)]
@@ -83,29 +83,31 @@ def test_certain_entries_come_back_with_their_ids_and_within_the_bound(
     order = frequency_order(entries.ids, vocab_size, 16)
     has = entries.count_P > 0
     first = (entries.count_P.cumsum() - entries.count_P)[has]
-    top1 = np.zeros(6, np.float32)
-    top1[has] = entries.logp[first]
-    planes, floors, found = encode_certain(entries, top1, inverse(order), precision, floor)
+    levels = np.zeros(6, np.uint8)
+    levels[has] = top1_levels(entries.logp[first], has[has])
+    top1 = FINE.logp.take(levels)
+    planes, floors, found = encode_certain(entries, levels, inverse(order), precision, floor)
     decoded = decode_certain(
         planes, entries.count_P, floors if floor else None, top1, order, precision
     )
     table = level_table(precision, floor)
     bend = 2 * np.log(2 * table.step / table.nats)
-    for before, after in zip(as_dicts(entries), as_dicts(decoded), strict=True):
+    for before, after, rounded in zip(as_dicts(entries), as_dicts(decoded), top1, strict=True):
         assert before.keys() == after.keys()
         top = max((value for value, _ in before.values()), default=0)
         for token, (value, _) in before.items():
             got = after[token][0]
-            assert got <= top
+            assert got <= rounded
             if value == top:
-                assert got == value
+                assert got == rounded
             elif value >= bend + table.nats:
                 bound = table.step / 2 + table.step * table.nats / 16
-                bound += table.step / 2 if top - value < table.nats else 0  # kept below the top
+                # Those next to the top are kept below it, as it is rounded.
+                bound += (table.step + FINE.step) / 2 if top - value < table.nats else 0
                 assert abs(np.exp(got / 2) - np.exp(value / 2)) <= bound + 1e-5
             else:
                 bound = table.nats / 2 + table.nats**2 / 24 + 0.05
-                bound += table.nats / 2 if top - value < table.nats else 0
+                bound += (table.nats + FINE.nats) / 2 if top - value < table.nats else 0
                 assert abs(got - value) <= bound
     # What the encoder says a reader finds is what it finds.
     said = Entries(entries.count_P, entries.ids, found)
@@ -198,7 +200,7 @@ def test_draws_are_those_of_the_capture():
         groups, members = split_ids(ids.numpy().astype(np.uint32))
         least = least_of_groups(key0[:, None], torch.from_numpy(groups.astype(np.int64)))
         drawn = numbers(key1[:, None], ids, least).numpy()
-        held = holders(keys, np.full(4, 8192), groups.ravel()).reshape(4, -1)
+        held = holders(keys, runs_of(np.full(4, 8192)), groups.ravel()).reshape(4, -1)
         np.testing.assert_array_equal(drawn == least.numpy(), members == held)
 
 
@@ -221,7 +223,7 @@ def test_what_was_drawn_is_nearly_always_a_holder():
     drawn = (kept.ids_RK >= 0) & (kept.inclusion_RK < 1)
     count = drawn.sum(1).numpy()
     groups, members = split_ids(kept.ids_RK[drawn].numpy().astype(np.uint32))
-    held = holders(position_keys(5, positions.numpy()), count, groups)
+    held = holders(position_keys(5, positions.numpy()), runs_of(count), groups)
     assert count.sum() > 1000
     assert (members == held).mean() > 0.7  # 1 of 32 by chance
 
@@ -278,7 +280,7 @@ def test_fields_come_back_within_their_bounds(seed, precision, floor):
     certain = CertainLogp(kept.astype(np.int64), top1, top1)
     floors = random.integers(0, 256, number).astype(np.uint8) if floor else None
     planes = encode_fields(
-        fields, certain, top1_levels(fields.top1_P, kept), floors, GRID, precision
+        fields, [certain], top1_levels(fields.top1_P, kept), floors, GRID, precision
     )
     assert planes.shape == (PLANES, fields_width(GRID, floor), number)
     assert not planes[:, :, ~kept].any()
@@ -319,12 +321,11 @@ def test_log_partition_above_one_is_right_to_a_step_though_certain_entries_are_r
     count = np.full(number, width, np.int64)
     levels = top1_levels(kept[:, 0], count > 0)
     entries = Entries(count, order.ravel().astype(np.uint32), kept.ravel())
-    _, _, found = encode_certain(
-        entries, FINE.logp.take(levels), np.arange(vocab_size, dtype=np.uint32), precision, False
-    )
+    order = np.arange(vocab_size, dtype=np.uint32)
+    _, _, found = encode_certain(entries, levels, order, precision, False)
     fields = Fields(tail, np.zeros(number, np.float32), kept[:, 0], kept[:, 0])
     certain_logp = CertainLogp(count, kept.ravel(), found)
-    planes = encode_fields(fields, certain_logp, levels, None, GRID, precision)
+    planes = encode_fields(fields, [certain_logp], levels, None, GRID, precision)
     decoded, _ = decode_fields(planes, GRID, precision, False)
     found = found.reshape(number, width)
     shift = np.log(np.exp(found).sum(1) + np.exp(decoded.tail_PT[:, 1]))
@@ -390,7 +391,7 @@ def test_words_come_back_whatever_is_in_them(seed, words, largest):
     gaps = random.integers(0, largest + 1, number, dtype=np.uint32)
     extra = random.integers(0, 1 << words.extra_bits, number, dtype=np.uint32)
     extra[random.random(number) < 0.7] = 0
-    planes = words.pack(values, gaps.copy(), extra, largest)
+    planes = words.pack(values, gaps, extra.copy(), largest)
     assert planes.shape == (words.planes(largest), number)
     found, found_gaps, more, found_extra = words.unpack(planes, largest)
     np.testing.assert_array_equal(found, values)
@@ -398,6 +399,46 @@ def test_words_come_back_whatever_is_in_them(seed, words, largest):
     whole = np.zeros(number, np.uint32)
     whole[more] = found_extra
     np.testing.assert_array_equal(whole, extra)
+
+
+@given(seeds, st.lists(st.integers(0, 3), max_size=30))
+def test_values_are_spread_over_the_entries_of_their_positions(seed, counts):
+    count = np.array(counts, np.int64)
+    values = np.random.default_rng(seed).integers(0, 1 << 32, len(count), dtype=np.uint32)
+    runs = runs_of(count)
+    found = spread(values.take(runs.kept), runs, int(count.sum()))
+    np.testing.assert_array_equal(found, np.repeat(values, count))
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_levels_are_those_of_their_definition(table):
+    bend_sqrt = 2 * table.step / table.nats
+    logp = -np.linspace(0, 60, 100_000)
+    line = (1 - bend_sqrt) / table.step + (2 * np.log(bend_sqrt) - logp) / table.nats
+    exact = np.where(logp >= 2 * np.log(bend_sqrt), (1 - np.exp(logp / 2)) / table.step, line)
+    exact = np.minimum(exact + table.first + 0.5, 255)
+    found = table.encode(logp.astype(np.float32))
+    off_an_edge = np.abs(exact - np.rint(exact)) > 1e-3
+    np.testing.assert_array_equal(found[off_an_edge], exact[off_an_edge].astype(np.uint8))
+    assert table.encode(np.array([-np.inf, -3e38, 0], np.float32)).tolist() == [
+        255,
+        255,
+        table.first,
+    ]
+
+
+def test_a_sampled_value_beyond_the_last_level_keeps_its_flag():
+    number = 5000
+    count = np.array([number], np.int64)
+    ids = np.arange(number, dtype=np.uint32)
+    for precision, flat in (("standard", True), ("standard", False), ("high", True)):
+        entries = Entries(count, ids, np.full(number, -90, np.float32), np.full(number, flat))
+        keys = position_keys(0, np.arange(1, dtype=np.int64))
+        planes = encode_sampled(entries, keys, number, precision)
+        found = decode_sampled(planes, count, keys, number, precision)
+        assert (found.flat == flat).all()
+        assert sorted(found.ids) == list(range(number))
+        assert found.logp.max() < -42
 
 
 def test_an_extra_number_that_is_too_large_is_refused():
