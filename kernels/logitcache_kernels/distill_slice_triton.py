@@ -94,7 +94,8 @@ def no_slice(ptr, TILES: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_tile(ptr, size, left, tile: tl.constexpr, x, BLOCK: tl.constexpr):
-    """Write one tile of the slice at ptr; what is written is not read again soon."""
+    """Write one tile of the slice at ptr. It stays in L2 (no streaming store): the gradients of the
+    support are written over some of it."""
     at = tile * BLOCK + tl.arange(0, BLOCK)
     here = at < tl.minimum(size, left)
     tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=here)
