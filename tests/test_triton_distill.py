@@ -280,7 +280,28 @@ def test_launch_settings_fit_every_vocabulary_and_the_registers() -> None:
         assert config.per_multiprocessor * threads * config.registers <= 65536
 
 
-@pytest.mark.parametrize("num_rows", [1, 4095, 4096, 9000])
+class _Stop(torch.autograd.Function):
+    """Passes a loss on, and nothing back."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return None
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_no_gradient_comes_of_one_that_is_not_there(impl: str) -> None:
+    logits_RV, teachers, labels_R = case()
+    logits_RV.requires_grad_()
+    loss = distill_loss(logits_RV, teachers, labels_R, DistillSpec(), impl=impl).loss
+    _Stop.apply(loss).backward()
+    assert logits_RV.grad is None
+
+
+@pytest.mark.parametrize("num_rows", [1, 8191, 8192, 8193])
 def test_positions_kept_are_those_that_are_not_skipped(num_rows: int) -> None:
     from logitcache_kernels.distill_launch import positions_kept
 

@@ -27,8 +27,8 @@ from .capture_parts_triton import (
     drawn,
     group_of,
     inclusion_of,
+    least_bound,
     least_of_groups,
-    may_be_drawn,
     ordered,
     rank_of,
     row_keys,
@@ -189,7 +189,7 @@ def capture_finish(
             for base in range(0, tl.where(sound, near, 0), CANDIDATE_CAP):
                 z_near, near_ids, live = _listed_logits(z_row, near_ptr + base, near - base, item)
                 chance = inclusion_of(z_near - top, log_1, log_s, INVERSE_S, min_prob, threshold)
-                hit = live & may_be_drawn(key0, key1, near_ids, chance)
+                hit = live & drawn(key1, near_ids, least_bound(key0, near_ids), chance)
                 slot, hits = places(hit & (ordered(z_near) < low), CANDIDATE_CAP // LANES)
                 put = hit & (ordered(z_near) < low) & (found + slot < CANDIDATE_CAP)
                 tl.store(candidate_ptr + found + slot, near_ids, mask=put)
@@ -216,7 +216,7 @@ def capture_finish(
             inclusion = inclusion_of(z - top, log_1, log_s, INVERSE_S, min_prob, threshold)
             inclusion = tl.where(ids == first, 1.0, inclusion)
             certain = inclusion == 1.0
-            keep = live & (certain | may_be_drawn(key0, key1, ids, inclusion))
+            keep = live & (certain | drawn(key1, ids, least_bound(key0, ids), inclusion))
         else:
             certain = (tl.exp((z - top) - log_1) >= min_prob) | (ids == first)
             keep = live & certain & (ordered(z) >= low)

@@ -59,39 +59,27 @@ def least_of_groups(key0, group):
 
 
 @triton.jit
-def _holds(key1, ids):
-    """Say which ids hold their group's least number."""
-    step = tl.full((), ID_STEP_C, tl.uint32)
-    holder = mix(key1 - (group_of(ids) + 1).to(tl.uint32) * step) >> 27
-    return ((ids >> 10) & 3) * 8 + (ids & 7) == holder.to(tl.int32)
+def least_bound(key0, ids):
+    """Give a bound from below, without roots, of the least number of the group of each id.
 
-
-@triton.jit
-def _others_word(key1, ids):
-    """Give the 31 bits that place an id's number above its group's least."""
-    return mix(key1 + ids.to(tl.uint32) * tl.full((), ID_STEP_C, tl.uint32)) >> 1
+    1 - (1 - x)^(1/32) is at least x / 32.
+    """
+    return (group_words(key0, group_of(ids)) >> 5).to(tl.int64)
 
 
 @triton.jit
 def drawn(key1, ids, least, inclusion):
-    """Say which ids have a number below their inclusion; least: that of each one's group."""
-    above = ((4294967295 - least) * _others_word(key1, ids).to(tl.int64)) >> 31
-    number = tl.where(_holds(key1, ids), least, least + 1 + above)
-    return number.to(tl.float64) + 0.5 < inclusion.to(tl.float64) * 4294967296.0
+    """Say which ids have a number below their inclusion; least: that of each one's group.
 
-
-@triton.jit
-def may_be_drawn(key0, key1, ids, inclusion):
-    """Say which ids are drawn, and of a few that are not: without roots and wide numbers.
-
-    A group's least number 1 - (1 - x)^(1/32) is at least x / 32, and the others grow with it.
-    2^-20 is more than what float32 rounds here.
+    A bound from below of ``least`` gives one of the number: then it says which may be drawn.
     """
-    least = (group_words(key0, group_of(ids)) >> 5).to(tl.int32).to(tl.float32)
-    above = _others_word(key1, ids).to(tl.int32).to(tl.float32) * 2.0**-31
-    above = least + (4294967296.0 - least) * above
-    number = tl.where(_holds(key1, ids), least, above)
-    return number * (1.0 - 2.0**-20) < inclusion * 4294967296.0
+    step = tl.full((), ID_STEP_C, tl.uint32)
+    holder = mix(key1 - (group_of(ids) + 1).to(tl.uint32) * step) >> 27
+    member = ((ids >> 10) & 3) * 8 + (ids & 7)
+    above = (mix(key1 + ids.to(tl.uint32) * step) >> 1).to(tl.int64)
+    above = ((4294967295 - least) * above) >> 31
+    number = tl.where(member == holder.to(tl.int32), least, least + 1 + above)
+    return number.to(tl.float64) + 0.5 < inclusion.to(tl.float64) * 4294967296.0
 
 
 @triton.jit

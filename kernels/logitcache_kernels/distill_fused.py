@@ -218,6 +218,8 @@ class _Distill(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_unused):
+        if grad_loss is None:  # nothing came back
+            return (None,) * 10
         gradient_RV, *late_factor = ctx.saved_tensors
         if ctx.late:
             grad_loss = grad_loss * late_factor[0]

@@ -70,8 +70,8 @@ def choose_config(vocab_size: int, paired: bool, capped: bool) -> RowConfig:
     """How the rows of a vocabulary are cut, on a GPU or in the interpreter."""
     if INTERPRETED:
         # Programs run one after the other, so none may wait for another: three have whole rows, or,
-        # of more than 64 elements, one has both halves of every row.
-        whole = vocab_size <= 64
+        # where a row is longer than a slice must be, one has both halves of every row.
+        whole = vocab_size <= _ALIGNMENT
         tile = triton.next_power_of_2(vocab_size) // (2 if whole else 4)
         return RowConfig(max(tile, 16), 2, 4, 3 if whole else 1, 0)
     return gpu_config(vocab_size, paired, capped)
@@ -262,7 +262,7 @@ def _has_pairs(x: torch.Tensor) -> bool:
 def _num_programs(num_items: int, device: torch.device, config: RowConfig) -> int:
     """A program for each place on the device, not more than slices."""
     processors = 1
-    if device.type == "cuda":
+    if device.type == "cuda" and not INTERPRETED:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     return min(num_items, processors * config.per_multiprocessor)
 

@@ -18,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Of the table of equal ids. All of it at once takes twice the registers at K = 64: with slices twice
-# as many programs hide one another's waits.
+# Of the table of equal ids. All of it at once takes twice the registers at K = 64: with slices
+# twice as many programs hide one another's waits.
 _SLICE = tl.constexpr(32)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

@@ -229,6 +229,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_unused):
+        if grad_loss is None:  # nothing came back
+            return (None,) * 8
         gradients = ctx.saved_tensors
         if ctx.late:
             grad_loss = grad_loss * ctx.factor
