@@ -11,13 +11,13 @@ of DistillTrainer on all processes. --compile: the losses alone, the layers of a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="compiled layers")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, any device")
     options = parser.parse_args(argv)
+    if options.compile and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("--compile measures losses alone, on one GPU: expected no torchrun")
     import torch
 
     if not torch.cuda.is_available() and not options.smoke:
@@ -116,7 +118,6 @@ class Measurement:
         from logitcache.causal_lm import load_causal_lm
         from logitcache_kernels import DistillSpec
 
-        from .models import make_model
         from .train_models import LARGE, compile_layers, cross_entropies, online_loss
         from .train_table import ratios
 
@@ -138,37 +139,18 @@ class Measurement:
             calls[name] = lambda loss=loss: loss(model, inputs)
         timings = self.timed(calls, model, optimizer)
         dense = online_loss if self.options.smoke else torch.compile(online_loss)
-        variants = {
-            "same size": self.student,
-            "three times": LARGE[self.student],
-            "recomputed": self.student,
-        }
-        for name, shape in variants.items():
-            if name == "recomputed":  # activations: last, for it stays so
-                recompute = getattr(model, "activation_checkpointing_enable", None)
-                (recompute or model.gradient_checkpointing_enable)()
-                alone = {key: calls[key] for key in ("ours", "ce liger") if key in calls}
-                found = self.timed(alone, model, optimizer)  # without teachers in memory
-                timings |= {f"{key} alone, {name}": value for key, value in found.items()}
-            with contextlib.suppress(torch.OutOfMemoryError):  # not measured then
-                teachers = [make_model(shape, torch.bfloat16, self.device, n) for n in (1, 2)]
-                for teacher in teachers if self.options.compile else ():
-                    compile_layers(teacher)
-
-                def online(teachers: list[Any] = teachers) -> Any:
-                    at = {key: inputs[key] for key in ("input_ids", "position_ids")}
-                    with torch.no_grad():
-                        given = [t(**at, use_cache=False).logits.flatten(0, 1) for t in teachers]
-                    logits_RV = model(**at, use_cache=False).logits.flatten(0, 1)
-                    return dense(logits_RV, *given, inputs["labels"].flatten(), spec)
-
-                both = {"ours": calls["ours"], "online": online}
-                found = self.timed(both, model, optimizer)
-                timings |= {f"{key}, {name}": value for key, value in found.items()}
-            teachers = []
-            online = None  # type: ignore[assignment]
-            if self.on_gpu:
-                torch.cuda.empty_cache()
+        beside = partial(self.beside_teachers, model, optimizer, inputs, calls["ours"], dense, spec)
+        timings |= beside(self.student, "same size")
+        timings |= beside(LARGE[self.student], "three times")
+        # Activations recomputed: last, for it stays so.
+        if self.options.compile:
+            torch.compiler.reset()  # it holds on to layers of the teachers
+        recompute = getattr(model, "activation_checkpointing_enable", None)
+        (recompute or model.gradient_checkpointing_enable)()
+        alone = {name: calls[name] for name in ("ours", "ce liger") if name in calls}
+        found = self.timed(alone, model, optimizer)
+        timings |= {f"{name} alone, recomputed": value for name, value in found.items()}
+        timings |= beside(self.student, "recomputed")
         return {
             "parameters": sum(p.numel() for p in model.parameters()),
             "tokens_in_a_step": self.options.rows * self.options.seq_len,
@@ -176,6 +158,38 @@ class Measurement:
             "timings": timings,
             "ratios": ratios(timings),
         }
+
+    def beside_teachers(
+        self, model: Any, optimizer: Any, inputs: Any, ours: Any, dense: Any, spec: Any,
+        shape: str, name: str,
+    ) -> dict[str, dict[str, float]]:  # fmt: skip
+        """Our step and one with two teachers of a shape in memory, in turn; both with them there.
+
+        Nothing where they do not fit. They are gone when this returns.
+        """
+        import torch
+
+        from .models import make_model
+        from .train_models import compile_layers
+
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+        try:
+            teachers = [make_model(shape, torch.bfloat16, self.device, n) for n in (1, 2)]
+            for teacher in teachers if self.options.compile else ():
+                compile_layers(teacher)
+
+            def online() -> Any:
+                at = {key: inputs[key] for key in ("input_ids", "position_ids")}
+                with torch.no_grad():
+                    given = [t(**at, use_cache=False).logits.flatten(0, 1) for t in teachers]
+                logits_RV = model(**at, use_cache=False).logits.flatten(0, 1)
+                return dense(logits_RV, *given, inputs["labels"].flatten(), spec)
+
+            found = self.timed({"ours": ours, "online": online}, model, optimizer)
+        except torch.OutOfMemoryError:
+            return {}
+        return {f"{key}, {name}": value for key, value in found.items()}
 
     def timed(
         self, calls: dict[str, Callable[[], Any]], model: Any, optimizer: Any

@@ -165,7 +165,7 @@ class Feed:
                 yield inputs
                 copied.synchronize()  # done a step ago; then what is pinned may be written over
                 del pinned
-        finally:  # closed early, a copy may be under way
+        finally:  # closed early, a copy may be under way: as above, waited for by an event
             stream.record_event().synchronize()
 
 
