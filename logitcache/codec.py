@@ -161,7 +161,7 @@ def encode_certain(
     if floor and len(levels):
         floor_P[runs.kept] = np.maximum.reduceat(levels, runs.first)
         levels = np.where(levels == TOP, TOP, np.repeat(floor_P, count_P) - levels + 1)
-    keys = rank_of_id.take(entries.ids, mode="wrap")  # faster than "raise"; they are below V
+    keys = rank_of_id.take(entries.ids)
     keys <<= _U32(8)
     keys |= levels
     keys |= own
