@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 
 from .levels import ABSENT, FINE, dither
+from .words import Runs, runs_of, spread_floats
 
 ENTROPY_STEPS = 16
 _G_MOST = 32000  # in steps: beyond, G is cut off
@@ -108,13 +109,15 @@ class CertainLogp:
     exact: np.ndarray
     found: np.ndarray
 
+    @cached_property
+    def runs(self) -> Runs:
+        return runs_of(self.count_P)
+
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Sum of the entries' values at each position, 0 where there are none."""
         total_P = np.zeros(len(self.count_P), np.float32)
-        has = self.count_P > 0
         if len(values):
-            starts = (self.count_P.cumsum() - self.count_P)[has]
-            total_P[has] = np.add.reduceat(values, starts)
+            total_P[self.runs.kept] = np.add.reduceat(values, self.runs.first)
         return total_P
 
     def missing(self, shift_P: np.ndarray, temperatures: Sequence[float]) -> dict[float, Any]:
@@ -122,7 +125,8 @@ class CertainLogp:
 
         shift_P: what a reader takes off the entries' logp.
         """
-        found = self.found - np.repeat(shift_P, self.count_P)
+        shift = spread_floats(shift_P.take(self.runs.kept), self.runs, len(self.found))
+        found = self.found - shift
         powers: dict[float, tuple[np.ndarray, np.ndarray]] = {}
         out = {}
         for temperature in sorted(temperatures, reverse=True):

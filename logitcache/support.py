@@ -18,6 +18,7 @@ from .codec import (
 )
 from .draws import position_keys
 from .fields import PLANES, CertainLogp, Fields, decode_fields, encode_fields, joined, top1_levels
+from .words import runs_of, spread_floats
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def decode_row(
     fields, floor_P = decode_fields(
         planes["fields"].reshape(PLANES, -1, len(count_P)), temperatures, precision, floor
     )
-    has = count_P > 0
+    has, runs = count_P > 0, runs_of(count_P)
     certain = decode_certain(
         planes["certain"], count_P, floor_P, fields.top1_P, id_of_rank, precision
     )
@@ -145,10 +146,10 @@ def decode_row(
     one = temperatures.index(1.0)
     total_P = np.exp(fields.tail_PT[:, one])
     if len(certain.logp):
-        starts = (count_P.cumsum() - count_P)[has]
-        total_P[has] += np.add.reduceat(np.exp(certain.logp), starts)
+        total_P[runs.kept] += np.add.reduceat(np.exp(certain.logp), runs.first)
     shift_P = np.log(total_P, where=has, out=np.zeros_like(total_P))
-    np.subtract(certain.logp, np.repeat(shift_P, count_P), out=certain.logp)
+    shift = spread_floats(shift_P.take(runs.kept), runs, len(certain.logp))
+    np.subtract(certain.logp, shift, out=certain.logp)
     sampled = None
     if "sampled" in planes:
         keys = _keys(attributes, row, 1, len(count_P))

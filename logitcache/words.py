@@ -131,6 +131,11 @@ def spread(values: np.ndarray, runs: Runs, length: int) -> np.ndarray:
     return np.add.accumulate(steps, out=steps)
 
 
+def spread_floats(values: np.ndarray, runs: Runs, length: int) -> np.ndarray:
+    """The same for float32, by their bits."""
+    return spread(values.view(np.uint32), runs, length).view(np.float32)
+
+
 def gaps_of(numbers: np.ndarray, runs: Runs, between: int) -> np.ndarray:
     """Rising numbers of each position as gaps, ``between`` less than the difference."""
     gaps = np.empty_like(numbers)
