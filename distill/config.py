@@ -97,6 +97,13 @@ class DistillConfig(TrainingArguments):
     fsdp: bool | str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "true: FSDP2, weights in shards over the processes' GPUs"}
     )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "DDP: buffers from the first process at every step"}
+    )
+    dataloader_num_workers: int = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "processes that read the store; None: 1 on a GPU, 0 on a CPU"},
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "must stay off"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay off"})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "see transformers"})
@@ -113,6 +120,8 @@ class DistillConfig(TrainingArguments):
             )
         if self.logging_steps is None:
             self.logging_steps = 10 if torch.cuda.is_available() and not self.use_cpu else 1
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = int(torch.cuda.is_available() and not self.use_cpu)
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         if not torch.accelerator.is_available():

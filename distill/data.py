@@ -1,7 +1,7 @@
 """What a step trains on: the order of rows, and batches that are ready when they are needed.
 
-The order is a function of seed, epoch and step alone. It does not depend on how many threads decode
-rows, nor on how many processes share a batch: the rows of a step are those of one process that
+The order is a function of seed, epoch and step alone. It does not depend on how many processes read
+them, nor on how many processes share a batch: the rows of a step are those of one process that
 takes them all, whether they are split over processes or accumulated one by one.
 """
 
@@ -17,8 +17,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from logitcache.draws import position_keys
-from logitcache.reader import StoreReader, TeacherBatch, read_ahead
+from logitcache.reader import StoreReader, TeacherBatch
 
+from .ahead import made_ahead, tensors_in
 from .student import to_inputs
 
 
@@ -92,8 +93,8 @@ def row_loader(order: RowOrder) -> DataLoader[int]:
 class Feed:
     """Turns lists of row numbers into inputs of the student on its device.
 
-    Threads read and decode ahead of their use. For a GPU they decode into pinned memory, and the
-    next batch is copied by a stream of its own while the step before it computes.
+    Processes read and decode ahead of their use. For a GPU the next batch is copied from pinned
+    memory by a stream of its own while the step before it computes.
     """
 
     def __init__(
@@ -108,27 +109,23 @@ class Feed:
         self.reader, self.temperature, self.device = reader, temperature, device
         self.workers = workers
         self.seconds_waited = 0.0  # in which the training loop had no batch
-        self._stream = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
-            reader.pin_memory()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def inputs(self, rows: Iterable[list[int]]) -> Iterator[dict[str, Any]]:
         """Inputs of each list, in order; to_inputs says what they are. Besides them num_valid, the
         valid positions, and rows, the list. An empty list gives a batch without valid positions."""
-        made = read_ahead(self._make, rows, self.workers)
-        waited = self._timed(made)
-        return waited if self._stream is None else self._on_gpu(waited, self._stream)
+        pinned = self._stream is not None
+        made = self._timed(made_ahead(self._make, self.reader, rows, self.workers, pinned))
+        return made if self._stream is None else self._on_gpu(made, self._stream)
 
-    def _make(self, rows: list[int]) -> dict[str, Any]:
-        batch = self.reader[rows or [0]]
+    def _make(self, reader: StoreReader, rows: list[int]) -> dict[str, Any]:
+        batch = reader[rows or [0]]
         inputs = {**to_inputs(batch, self.temperature), **self.more(batch), "rows": rows}
         if not rows:  # this process has no part in the last batch, but must take part in the step
             inputs["labels"].fill_(-100)
             inputs["num_tokens"] = 0
         inputs["num_valid"] = int(np.count_nonzero(inputs["labels"].numpy() != -100))
-        # The small ones; what is pinned already stays where it is.
-        return inputs if self._stream is None else _map(inputs, torch.Tensor.pin_memory)
+        return inputs
 
     def _timed(self, made: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         while True:
@@ -142,47 +139,31 @@ class Feed:
     def _on_gpu(
         self, made: Iterator[dict[str, Any]], stream: torch.cuda.Stream
     ) -> Iterator[dict[str, Any]]:
-        """Copy one batch ahead. The caller's stream waits for the copy, the host only for one that
-        is a step old."""
+        """Copy one batch ahead. The caller's stream waits for the copy, the host for nothing:
+        torch keeps pinned memory from use until copies out of it are done."""
 
-        def started() -> tuple[dict[str, Any], dict[str, Any], torch.cuda.Event] | None:
+        def started() -> tuple[dict[str, Any], torch.cuda.Event] | None:
             inputs = next(made, None)
             if inputs is None:
                 return None
             with torch.cuda.stream(stream):
-                copied = _map(inputs, lambda t: t.to(self.device, non_blocking=True))
-            return inputs, copied, stream.record_event()
+                copied = tensors_in(inputs, lambda t: t.to(self.device, non_blocking=True))
+            return copied, stream.record_event()
 
         ahead = started()
-        try:
-            while ahead is not None:
-                pinned, inputs, copied = ahead
-                current = torch.cuda.current_stream(self.device)
-                current.wait_event(copied)
-                # The allocator must not give their memory to the next copy before they were used.
-                _map(inputs, partial(_used_by, current))
-                ahead = started()
-                yield inputs
-                copied.synchronize()  # done a step ago; then what is pinned may be written over
-                del pinned
-        finally:  # closed early, a copy may be under way: as above, waited for by an event
-            stream.record_event().synchronize()
+        while ahead is not None:
+            inputs, copied = ahead
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)
+            # The allocator must not give their memory to the next copy before they were used.
+            tensors_in(inputs, partial(_used_by, current))
+            ahead = started()
+            yield inputs
 
 
 def _used_by(stream: torch.cuda.Stream, tensor: torch.Tensor) -> torch.Tensor:
     tensor.record_stream(stream)
     return tensor
-
-
-def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same dicts and lists with their tensors changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _map(part, change) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_map(part, change) for part in value]
-    return value
 
 
 def share_of(num_rows: int, batch_size: int, index: int, count: int) -> list[list[int]]:

@@ -40,7 +40,6 @@ from .run_folder import (
 from .save import save_student
 from .trainer import DistillTrainer
 
-_GPU_DATA_WORKERS = 1  # a thread; more of them are slower, see StoreReader.batches
 Report = Callable[[int, int, dict[str, float] | None], None]
 """Called as report(step, steps in all, what was logged of it) after each step."""
 
@@ -56,10 +55,7 @@ class TrainRequest:
     settings: dict[str, Any]
 
     def config(self) -> DistillConfig:
-        settings = dict(self.settings)
-        if "dataloader_num_workers" not in settings and torch.cuda.is_available():
-            settings["dataloader_num_workers"] = _GPU_DATA_WORKERS
-        return distill_config(settings, str(self.out / CHECKPOINTS))
+        return distill_config(self.settings, str(self.out / CHECKPOINTS))
 
 
 def train(

@@ -117,6 +117,14 @@ class DistillTrainer(Trainer):
                 f"fsdp: accelerate puts weights into shards on GPUs only, found {args.device.type}",
                 "leave fsdp out: processes without GPUs each hold all weights (DDP)",
             )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.is_fsdp_enabled and plugin is not None and plugin.fsdp_version != 2:
+            raise UsageError(
+                f"fsdp: the environment asks for version {plugin.fsdp_version}, expected 2",
+                "unset ACCELERATE_USE_FSDP and --set fsdp=true, or FSDP_VERSION=2",
+            )
+        if self.accelerator.ddp_handler is not None:  # no second copy of all gradients
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.model_accepts_loss_kwargs = True
         self.average: WeightAverage | None = None
         self.finite = FiniteCheck(args.device)
@@ -184,7 +192,7 @@ class DistillTrainer(Trainer):
         return inputs, count.clamp_min(1.0)
 
     def close_feed(self) -> None:
-        """End the threads that read ahead."""
+        """End the processes that read ahead."""
         if self._batches is not None:
             self._batches[1].close()  # type: ignore[attr-defined]
             self._batches = None

@@ -25,19 +25,14 @@ def _references(buffers: list[np.ndarray]) -> list[int]:
 
 
 class Buffers:
-    """Hands out arrays. Any thread may ask; an array may be kept for as long as one likes.
+    """Hands out arrays. Any thread may ask; an array may be kept for as long as one likes."""
 
-    pinned: large ones lie in pinned memory, which needs CUDA. Who copies such an array to a GPU
-    without waiting must hold it until the copy is done.
-    """
-
-    def __init__(self, pinned: bool = False) -> None:
-        self.pinned = pinned
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._buffers: list[np.ndarray] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Buffers, ()  # whoever gets it may have no CUDA
+        return Buffers, ()
 
     def full(self, shape: tuple[int, ...], value: Any, dtype: Any) -> np.ndarray:
         """Like np.full."""
@@ -65,13 +60,6 @@ class Buffers:
         for number, references in enumerate(_references(self._buffers)):
             if references == _FREE and size <= len(self._buffers[number]) <= 2 * size:
                 return self._buffers[number]
-        made = _pinned(size) if self.pinned else np.empty(size + size // 4, np.uint8)
+        made = np.empty(size + size // 4, np.uint8)
         self._buffers = [*self._buffers[-(_KEPT - 1) :], made]
         return made
-
-
-def _pinned(size: int) -> np.ndarray:
-    """Of the next power of two: torch takes that much in any case."""
-    import torch
-
-    return torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, pin_memory=True).numpy()

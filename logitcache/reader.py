@@ -2,9 +2,8 @@
 
 Memory: a batch of P positions with K entries at most takes 13 P K bytes a teacher, its tensors up
 to 8 P K more, decoding a row as much as the row, and the memory of batches that are gone is kept
-for the next (96 arrays at most, pinned ones as large as the next power of two);
-``batches`` holds ``ahead + workers`` batches. Open shards take their index and the
-frequency order each (some 0.3 MB), 64 of them at most.
+for the next (96 arrays at most); ``batches`` holds ``ahead + workers`` batches. Open shards take
+their index and the frequency order each (some 0.3 MB), 64 of them at most.
 """
 
 from __future__ import annotations
@@ -93,12 +92,6 @@ class StoreReader:
         self.temperatures = tuple(float(t) for t in self.manifest["temperatures"])
         self._shards = _OpenShards(store)
         self._buffers = Buffers()
-
-    def pin_memory(self) -> None:
-        """Make the large arrays of batches in pinned memory from now on, ready to be copied to a
-        GPU beside its work: see ``Buffers``. Needs CUDA."""
-        if not self._buffers.pinned:
-            self._buffers = Buffers(pinned=True)
 
     def __len__(self) -> int:
         return int(self.manifest["rows"])

@@ -35,10 +35,12 @@ def _print_threads() -> None:
 
 
 def choose_kind(config: DistillConfig) -> None:
-    """Accelerate shards on accelerators alone, though torch can on CPUs; all else is its own."""
+    """Accelerate shards on accelerators alone, though torch can on CPUs; all else is its own. What
+    it keeps of the training before goes."""
+    AcceleratorState._reset_state()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     if ON_GPU:
         return
-    AcceleratorState._reset_state()
     kind = DistributedType.FSDP if config.fsdp else DistributedType.MULTI_CPU
     PartialState._shared_state["distributed_type"] = kind
     if config.fsdp:

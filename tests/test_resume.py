@@ -76,20 +76,25 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_exits_with_6(deaths: dict) 
 def test_a_command_that_is_killed_then_terminated_goes_on_to_the_same_bits(
     inputs: Path, tmp_path: Path
 ) -> None:
-    settings = {**SETTINGS, "max_steps": 200, "save_steps": 25}
+    """Signals that a terminal or a scheduler sends to every process of the run, data workers too;
+    kill -9 to the first alone, whose data workers then end themselves."""
+    settings = {**SETTINGS, "max_steps": 200, "save_steps": 25, "dataloader_num_workers": 1}
     command = [sys.executable, "-m", "distill", "train", "--store", str(inputs / "store")]
     command += ["--student", str(inputs / "student"), "--out", str(tmp_path / "out")]
     command += [w for key, value in settings.items() for w in ("--set", f"{key}={value}")]
 
     def until(step: int, number: signal.Signals) -> tuple[int, str]:
-        running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        running = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         while running.poll() is None:
             found = checkpoints(tmp_path / "out" / "checkpoints")
             if found and int(found[0].name[11:]) >= step:
-                running.send_signal(number)
+                send = os.kill if number == signal.SIGKILL else os.killpg
+                send(running.pid, number)
                 break
             time.sleep(0.02)
-        _, said = running.communicate(timeout=120)
+        _, said = running.communicate(timeout=120)  # their stderr too: until the last has ended
         return running.returncode, said
 
     code, said = until(25, signal.SIGKILL)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -24,7 +23,6 @@ from distill.checkpoint import checkpoints
 from distill.data import Feed
 from distill.train import make_trainer, train
 from logitcache import build, open_store
-from logitcache.buffers import Buffers
 from logitcache.errors import Interrupted, NonFiniteError
 
 pytestmark = [
@@ -132,16 +130,6 @@ def test_a_step_that_is_not_finite_is_never_taken(inputs: Path, tmp_path: Path) 
         assert torch.equal(weight.nan_to_num(9), before[name].nan_to_num(9)), name
     saved = checkpoints(tmp_path / "out" / "checkpoints")
     assert [path.name for path in saved] == ["checkpoint-2"]
-
-
-def test_a_large_array_of_the_pool_is_pinned_as_it_lies() -> None:
-    buffers = Buffers(pinned=True)
-    array = torch.from_numpy(buffers.full((1000, 1000), 1, np.float32))
-    assert array.is_pinned()
-    assert array.pin_memory().data_ptr() == array.data_ptr()
-    address = array.data_ptr()
-    del array
-    assert buffers.full((1000, 1000), 2, np.int32).ctypes.data == address
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

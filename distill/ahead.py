@@ -1,0 +1,143 @@
+"""Batches made ahead of their use, in order, by processes of their own.
+
+A thread would share the interpreter's lock with the training loop, which launches thousands of
+small kernels a step: of a student of 135M a step took half as long again beside one that reads
+(docs/training.md).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from logitcache.errors import ResourceError
+from logitcache.reader import StoreReader, read_ahead
+from logitcache.remote import RemoteStore
+
+Inputs = dict[str, Any]
+Make = Callable[[StoreReader, list[int]], Inputs]
+
+_SHARED = 1 << 29  # bytes; a batch of 8 x 2048 positions takes 20 MB, a process has four under way
+
+
+def made_ahead(
+    make: Make, reader: StoreReader, rows: Iterable[list[int]], workers: int, pinned: bool
+) -> Iterator[Inputs]:
+    """``make(reader, numbers)`` for each list of row numbers, by as many processes; 0: when asked
+    for. pinned: tensors in pinned memory. What it gives does not depend on workers, and no random
+    state is touched. Errors of make are raised here; ResourceError if a process dies.
+    """
+    if workers and _can_fork(reader):
+        return _by_processes(_Batches(make, reader), rows, workers, pinned)
+
+    def made(numbers: list[int]) -> Inputs:
+        inputs = make(reader, numbers)
+        return tensors_in(inputs, torch.Tensor.pin_memory) if pinned else inputs
+
+    return read_ahead(made, rows, min(workers, 1))  # a second thread is slower, see StoreReader
+
+
+def tensors_in(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same dicts and lists with their tensors changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: tensors_in(part, change) for key, part in value.items()}
+    if isinstance(value, list):
+        return [tensors_in(part, change) for part in value]
+    return value
+
+
+def _can_fork(reader: StoreReader) -> bool:
+    """Whether forked processes can read this store and hand over what they read."""
+    if isinstance(reader.store, RemoteStore):
+        return False  # the threads that its requests run in are not in a forked process
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return False  # not Linux
+    free = found.f_bavail * found.f_frsize
+    if free < _SHARED:
+        warnings.warn(
+            f"/dev/shm: {free >> 20} MiB of shared memory are free, expected {_SHARED >> 20}: the "
+            "store is read in a thread, which slows down small students; containers take "
+            "--shm-size=1g or --ipc=host",
+            stacklevel=2,
+        )
+    return free >= _SHARED
+
+
+class _Batches(Dataset[Inputs]):
+    """What a data worker makes of a list of row numbers: inputs, or the error."""
+
+    def __init__(self, make: Make, reader: StoreReader):
+        self.make, self.reader, self.owner = make, reader, os.getpid()
+
+    def __getitems__(self, numbers: list[int]) -> Inputs | Exception:
+        if self.owner != os.getpid():  # a forked reader shares its locks with its parent
+            self.reader, self.owner = copy.copy(self.reader), os.getpid()
+        try:
+            return self.make(self.reader, numbers)
+        except Exception as error:  # raised by torch it would lose its kind and its hint
+            return error
+
+
+def _begin(_: int) -> None:
+    """In a new process: what stops a run is its parent's business, also where every process of a
+    group or a job is told. The parent ends it by other means, and by SIGTERM if they fail: twice.
+    """
+    told: list[int] = []
+
+    def handle(number: int, _frame: Any) -> None:
+        if told:
+            os._exit(128 + number)
+        told.append(number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, handle)
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
+
+
+def _by_processes(
+    dataset: _Batches, rows: Iterable[list[int]], workers: int, pinned: bool
+) -> Iterator[Inputs]:
+    made = iter(
+        DataLoader(
+            dataset,
+            batch_sampler=rows,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pinned,
+            worker_init_fn=_begin,
+            generator=torch.Generator(),  # it draws a seed, which must not move the run's own
+            multiprocessing_context="fork",
+        )
+    )
+    try:
+        while True:
+            try:
+                inputs = next(made, None)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise ResourceError(
+                    f"a process that reads the store died: {str(error).strip().splitlines()[0]}",
+                    "more memory, or --set dataloader_num_workers=0; then the same command again",
+                ) from error
+            if isinstance(inputs, Exception):
+                raise inputs
+            if inputs is None:
+                return
+            yield inputs
+    finally:
+        del made  # ends the processes
