@@ -63,13 +63,6 @@ def make_store(
     return work / "store"
 
 
-def compile_layers(model: Any) -> None:
-    """Compile each layer of a decoder in place. All share one graph: with graphs of whole decoders
-    the benchmark of 0.5B took over five minutes instead of two."""
-    for layer in model.get_decoder().layers:
-        layer.compile()
-
-
 def cross_entropies(smoke: bool) -> dict[str, Callable[[Any, dict[str, Any]], torch.Tensor]]:
     """CE-only fine-tuning by name: functions of a model and its inputs, whole batches averaged.
     Those of packages that are not installed are left out."""

@@ -113,12 +113,12 @@ class Measurement:
         import torch
 
         from distill.data import Feed
-        from distill.student import attach_loss
+        from distill.student import attach_loss, compile_layers
         from logitcache import open_store
         from logitcache.causal_lm import load_causal_lm
         from logitcache_kernels import DistillSpec
 
-        from .train_models import LARGE, compile_layers, cross_entropies, online_loss
+        from .train_models import LARGE, cross_entropies, online_loss
         from .train_table import ratios
 
         spec = DistillSpec(temperature=2.0)
@@ -169,8 +169,9 @@ class Measurement:
         """
         import torch
 
+        from distill.student import compile_layers
+
         from .models import make_model
-        from .train_models import compile_layers
 
         if self.on_gpu:
             torch.cuda.empty_cache()

@@ -2,7 +2,7 @@
 
 A thread would share the interpreter's lock with the training loop, which launches thousands of
 small kernels a step: of a student of 135M a step took half as long again beside one that reads
-(docs/training.md).
+(docs/training.md). For the same reason a batch comes over in one piece.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from logitcache.errors import ResourceError
 from logitcache.reader import StoreReader, read_ahead
@@ -25,34 +26,88 @@ Inputs = dict[str, Any]
 Make = Callable[[StoreReader, list[int]], Inputs]
 
 _SHARED = 1 << 29  # bytes; a batch of 8 x 2048 positions takes 20 MB, a process has four under way
+_ALIGNED = 256  # bytes, as torch's own allocator of GPU memory would
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of a batch lies in its memory, and what it is."""
+
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch whose tensors lie end to end in one, uint8 [bytes]; the rest of it with a place for
+    each of them. Made in a data worker, it is in shared memory."""
+
+    memory: torch.Tensor
+    rest: Any
+
+    @staticmethod
+    def of(inputs: Inputs) -> Packed:
+        size = 0
+
+        def place(tensor: torch.Tensor) -> _Place:
+            nonlocal size
+            found = _Place(size, tensor.shape, tensor.dtype)
+            size += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+            tensors.append(tensor)
+            return found
+
+        tensors: list[torch.Tensor] = []
+        rest = changed(inputs, torch.Tensor, place)
+        memory = torch.empty(size, dtype=torch.uint8)
+        if get_worker_info() is not None:
+            memory.share_memory_()
+        packed = Packed(memory, rest)
+        changed(rest, _Place, lambda at: packed._at(at).copy_(tensors.pop(0)))
+        return packed
+
+    def inputs(self) -> Inputs:
+        """The batch again; its tensors share the memory."""
+        return changed(self.rest, _Place, self._at)
+
+    def pin_memory(self) -> Packed:
+        return Packed(self.memory.pin_memory(), self.rest)
+
+    def to(self, device: torch.device) -> Packed:
+        """A copy there, not waited for."""
+        return Packed(self.memory.to(device, non_blocking=True), self.rest)
+
+    def _at(self, at: _Place) -> torch.Tensor:
+        end = at.start + at.shape.numel() * at.dtype.itemsize
+        return self.memory[at.start : end].view(at.dtype).view(at.shape)
+
+
+def changed(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """The same dicts and lists with what is of a kind changed."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: changed(part, kind, change) for key, part in value.items()}
+    if isinstance(value, list):
+        return [changed(part, kind, change) for part in value]
+    return value
 
 
 def made_ahead(
     make: Make, reader: StoreReader, rows: Iterable[list[int]], workers: int, pinned: bool
-) -> Iterator[Inputs]:
+) -> Iterator[Packed]:
     """``make(reader, numbers)`` for each list of row numbers, by as many processes; 0: when asked
-    for. pinned: tensors in pinned memory. What it gives does not depend on workers, and no random
-    state is touched. Errors of make are raised here; ResourceError if a process dies.
+    for. pinned: in pinned memory. What it gives does not depend on workers, and no random state is
+    touched. Errors of make are raised here; ResourceError if a process dies.
     """
     if workers and _can_fork(reader):
         return _by_processes(_Batches(make, reader), rows, workers, pinned)
 
-    def made(numbers: list[int]) -> Inputs:
-        inputs = make(reader, numbers)
-        return tensors_in(inputs, torch.Tensor.pin_memory) if pinned else inputs
+    def made(numbers: list[int]) -> Packed:
+        packed = Packed.of(make(reader, numbers))
+        return packed.pin_memory() if pinned else packed
 
     return read_ahead(made, rows, min(workers, 1))  # a second thread is slower, see StoreReader
-
-
-def tensors_in(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same dicts and lists with their tensors changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: tensors_in(part, change) for key, part in value.items()}
-    if isinstance(value, list):
-        return [tensors_in(part, change) for part in value]
-    return value
 
 
 def _can_fork(reader: StoreReader) -> bool:
@@ -74,17 +129,17 @@ def _can_fork(reader: StoreReader) -> bool:
     return free >= _SHARED
 
 
-class _Batches(Dataset[Inputs]):
-    """What a data worker makes of a list of row numbers: inputs, or the error."""
+class _Batches(Dataset[Packed]):
+    """What a data worker makes of a list of row numbers: a batch, or the error."""
 
     def __init__(self, make: Make, reader: StoreReader):
         self.make, self.reader, self.owner = make, reader, os.getpid()
 
-    def __getitems__(self, numbers: list[int]) -> Inputs | Exception:
+    def __getitems__(self, numbers: list[int]) -> Packed | Exception:
         if self.owner != os.getpid():  # a forked reader shares its locks with its parent
             self.reader, self.owner = copy.copy(self.reader), os.getpid()
         try:
-            return self.make(self.reader, numbers)
+            return Packed.of(self.make(self.reader, numbers))
         except Exception as error:  # raised by torch it would lose its kind and its hint
             return error
 
@@ -110,7 +165,7 @@ def _as_it_is(made: Any) -> Any:
 
 def _by_processes(
     dataset: _Batches, rows: Iterable[list[int]], workers: int, pinned: bool
-) -> Iterator[Inputs]:
+) -> Iterator[Packed]:
     made = iter(
         DataLoader(
             dataset,
@@ -126,7 +181,7 @@ def _by_processes(
     try:
         while True:
             try:
-                inputs = next(made, None)
+                packed = next(made, None)
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
@@ -134,10 +189,10 @@ def _by_processes(
                     f"a process that reads the store died: {str(error).strip().splitlines()[0]}",
                     "more memory, or --set dataloader_num_workers=0; then the same command again",
                 ) from error
-            if isinstance(inputs, Exception):
-                raise inputs
-            if inputs is None:
+            if isinstance(packed, Exception):
+                raise packed
+            if packed is None:
                 return
-            yield inputs
+            yield packed
     finally:
         del made  # ends the processes

@@ -102,7 +102,7 @@ class DistillConfig(TrainingArguments):
     )
     dataloader_num_workers: int = field(
         default=None,  # type: ignore[assignment]
-        metadata={"help": "processes that read the store; None: 1 on a GPU, 0 on a CPU"},
+        metadata={"help": "processes that read the store; None: 2 on a GPU, 0 on a CPU"},
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "must stay off"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay off"})
@@ -121,7 +121,8 @@ class DistillConfig(TrainingArguments):
         if self.logging_steps is None:
             self.logging_steps = 10 if torch.cuda.is_available() and not self.use_cpu else 1
         if self.dataloader_num_workers is None:
-            self.dataloader_num_workers = int(torch.cuda.is_available() and not self.use_cpu)
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.dataloader_num_workers = 2 if on_gpu else 0
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         if not torch.accelerator.is_available():

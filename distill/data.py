@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from logitcache.draws import position_keys
 from logitcache.reader import StoreReader, TeacherBatch
 
-from .ahead import made_ahead, tensors_in
+from .ahead import Packed, made_ahead
 from .student import to_inputs
 
 
@@ -116,7 +115,9 @@ class Feed:
         valid positions, and rows, the list. An empty list gives a batch without valid positions."""
         pinned = self._stream is not None
         made = self._timed(made_ahead(self._make, self.reader, rows, self.workers, pinned))
-        return made if self._stream is None else self._on_gpu(made, self._stream)
+        if self._stream is not None:
+            return self._on_gpu(made, self._stream)
+        return (packed.inputs() for packed in made)
 
     def _make(self, reader: StoreReader, rows: list[int]) -> dict[str, Any]:
         batch = reader[rows or [0]]
@@ -127,43 +128,37 @@ class Feed:
         inputs["num_valid"] = int(np.count_nonzero(inputs["labels"].numpy() != -100))
         return inputs
 
-    def _timed(self, made: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _timed(self, made: Iterator[Packed]) -> Iterator[Packed]:
         while True:
             started = time.perf_counter()
-            inputs = next(made, None)
+            packed = next(made, None)
             self.seconds_waited += time.perf_counter() - started
-            if inputs is None:
+            if packed is None:
                 return
-            yield inputs
+            yield packed
 
     def _on_gpu(
-        self, made: Iterator[dict[str, Any]], stream: torch.cuda.Stream
+        self, made: Iterator[Packed], stream: torch.cuda.Stream
     ) -> Iterator[dict[str, Any]]:
         """Copy one batch ahead. The caller's stream waits for the copy, the host for nothing:
         torch keeps pinned memory from use until copies out of it are done."""
 
-        def started() -> tuple[dict[str, Any], torch.cuda.Event] | None:
-            inputs = next(made, None)
-            if inputs is None:
+        def started() -> tuple[Packed, torch.cuda.Event] | None:
+            packed = next(made, None)
+            if packed is None:
                 return None
             with torch.cuda.stream(stream):
-                copied = tensors_in(inputs, lambda t: t.to(self.device, non_blocking=True))
-            return copied, stream.record_event()
+                return packed.to(self.device), stream.record_event()
 
         ahead = started()
         while ahead is not None:
-            inputs, copied = ahead
+            packed, copied = ahead
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)
-            # The allocator must not give their memory to the next copy before they were used.
-            tensors_in(inputs, partial(_used_by, current))
+            # The allocator must not give its memory to the next copy before it was used.
+            packed.memory.record_stream(current)
             ahead = started()
-            yield inputs
-
-
-def _used_by(stream: torch.cuda.Stream, tensor: torch.Tensor) -> torch.Tensor:
-    tensor.record_stream(stream)
-    return tensor
+            yield packed.inputs()
 
 
 def share_of(num_rows: int, batch_size: int, index: int, count: int) -> list[list[int]]:

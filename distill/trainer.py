@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -32,7 +33,7 @@ from .identity import plain, settings_identity, store_identity
 from .processes import agreed
 from .source_loss import reported_sources, source_inputs, source_metrics
 from .state import SavedState, checkpoint_files
-from .student import SUM_NAMES, as_metrics, attach_loss, zero_sums
+from .student import SUM_NAMES, as_metrics, attach_loss, compile_layers, zero_sums
 from .taboo import configured_taboo
 
 
@@ -123,6 +124,9 @@ class DistillTrainer(Trainer):
                 f"fsdp: the environment asks for version {plugin.fsdp_version}, expected 2",
                 "unset ACCELERATE_USE_FSDP and --set fsdp=true, or FSDP_VERSION=2",
             )
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # not the model as a whole
+        if args.torch_compile:
+            compile_layers(core, args.torch_compile_backend, args.torch_compile_mode)
         if self.accelerator.ddp_handler is not None:  # no second copy of all gradients
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.model_accepts_loss_kwargs = True

@@ -7,6 +7,7 @@ holds the lock, captures and writes; it tells the others which shards are to be 
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -53,13 +54,19 @@ def join(config: BuildConfig) -> None:
         on_gpu = torch.cuda.is_available() and config.device != "cpu"
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+
+
+@functools.cache
+def _hosts() -> Any:
+    """A group of the processes whose collectives need no GPU, whoever has made the default one."""
+    return torch.distributed.new_group(backend="gloo")
 
 
 def told(work: dict[str, list[int]] | None) -> dict[str, list[int]]:
     """The shards to make, by part: what the first process gives, in every process."""
     box = [work]
-    torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    torch.distributed.broadcast_object_list(box, 0, _hosts(), device=torch.device("cpu"))
     assert box[0] is not None
     return box[0]
 
@@ -69,7 +76,7 @@ def all_stop(stop: Callable[[], bool]) -> Callable[[], bool]:
 
     def asked() -> bool:
         flag = torch.tensor(float(stop()))
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, _hosts())
         return bool(flag)
 
     return asked
@@ -77,7 +84,7 @@ def all_stop(stop: Callable[[], bool]) -> Callable[[], bool]:
 
 def wait_for_all() -> None:
     """Until every process is here: the store is whole then."""
-    torch.distributed.all_reduce(torch.zeros(1))
+    torch.distributed.all_reduce(torch.zeros(1), group=_hosts())
 
 
 def leave_group() -> None:
@@ -89,6 +96,7 @@ def leave_group() -> None:
     the frames of an error hold, and reference cycles.
     """
     if torch.distributed.is_initialized():
+        _hosts.cache_clear()
         torch.distributed.destroy_process_group()
         error = sys.exception()
         if error is not None:

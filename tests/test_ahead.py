@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from distill import ahead
-from distill.ahead import made_ahead, tensors_in
+from distill.ahead import changed, made_ahead
 from distill.data import Feed
 from logitcache import open_store
 from logitcache.errors import ResourceError, StoreError
@@ -29,7 +29,7 @@ def feed(path: Path, workers: int) -> Feed:
 
 def flat(batch: dict[str, Any]) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    tensors_in(batch, lambda t: found.append(t) or t)
+    changed(batch, torch.Tensor, lambda t: found.append(t) or t)
     return found
 
 
@@ -95,7 +95,7 @@ def test_a_signal_to_all_processes_ends_no_reading(built: SimpleNamespace) -> No
         return {"numbers": numbers}
 
     rows = made_ahead(made, open_store(built.path), iter([[1]]), 1, pinned=False)
-    assert list(rows) == [{"numbers": [1]}]
+    assert [packed.inputs() for packed in rows] == [{"numbers": [1]}]
 
 
 def test_little_shared_memory_means_a_thread_and_a_warning(
@@ -107,4 +107,4 @@ def test_little_shared_memory_means_a_thread_and_a_warning(
         reading = made_ahead(
             lambda reader, numbers: {"pid": os.getpid()}, open_store(built.path), rows, 2, False
         )
-    assert next(reading)["pid"] == os.getpid()
+    assert next(reading).inputs()["pid"] == os.getpid()

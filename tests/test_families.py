@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounter
 
-from distill.student import attach_loss
+from distill.student import attach_loss, compile_layers
 from logitcache.causal_lm import fits_decoder_and_head
 from logitcache.errors import UsageError
 from logitcache_kernels import DistillSpec, SparseTeacher, capture, distill_loss
@@ -152,6 +153,24 @@ def test_a_packed_row_has_the_losses_of_its_documents_alone(name: str) -> None:
             alone = alone + model(**document, teachers=teachers, num_items=1.0)["loss"]
     valid = int((INPUTS["labels"] != -100).sum())
     assert abs(float((packed - alone).detach())) / valid < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma3", "GPT-2 tied"])
+def test_compiled_layers_share_a_graph_and_give_the_same_loss(name: str) -> None:
+    model = make(name)
+    attach_loss(model, SPEC, chunk=7)
+    expected = model(**INPUTS, num_items=40.0)["loss"]
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compile_layers(model, counter)
+    torch.testing.assert_close(model(**INPUTS, num_items=40.0)["loss"], expected)
+    kinds = len(set(getattr(model.config, "layer_types", [None])))  # Gemma's see far or not
+    assert counter.frame_count == kinds
+
+
+def test_a_model_without_layers_is_not_compiled_in_silence() -> None:
+    with pytest.raises(UsageError, match="torch_compile: Linear has no list of layers"):
+        compile_layers(torch.nn.Linear(2, 2))
 
 
 class _Odd(transformers.LlamaForCausalLM):
