@@ -211,7 +211,24 @@ def check_model(model: Any, folder: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Products of float32 in float32, whatever TF32 is for elsewhere: it blurs as float16 does."""
+    backends: Any = torch.backends
+    before: dict[Any, str] = {}
+    for matmul in (backends.cuda.matmul, backends.mkldnn.matmul):
+        before[matmul] = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for matmul, precision in before.items():
+            inherited = precision == backends.fp32_precision
+            matmul.fp32_precision = "none" if inherited else precision
+
+
 @torch.no_grad()
+@_whole_float32()
 def fits_decoder_and_head(model: Any, folder: Path) -> bool:
     """Whether decoder and head give the model's logits, tried on a small input. UsageError if its
     segments leak, by that way or by the model's own forward where the answer is no."""

@@ -132,6 +132,25 @@ def test_loss_inside_the_forward_is_that_of_the_models_own_logits(name: str) -> 
     assert float(spread) <= float(expected) + 1e-5  # the agreement term is of no row
 
 
+def test_a_model_is_tried_in_whole_float32_where_tf32_is_on() -> None:
+    """As torch_compile turns it on; in TF32 a model of 30 layers seemed to leak."""
+    seen = set()
+    model = make("Llama")
+    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    model.get_decoder().register_forward_hook(
+        lambda *_: seen.add(tuple(matmul.fp32_precision for matmul in matmuls))
+    )
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "tf32"
+    try:
+        assert fits_decoder_and_head(model, Path("llama"))
+        assert seen == {("ieee", "ieee")}
+        assert [matmul.fp32_precision for matmul in matmuls] == ["tf32", "tf32"]
+    finally:
+        torch.backends.fp32_precision = before
+    assert [matmul.fp32_precision for matmul in matmuls] == [before, before]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_packed_row_has_the_losses_of_its_documents_alone(name: str) -> None:
     """To 1e-5 in float32."""

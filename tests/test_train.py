@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer, sentences, write_jsonl
+from transformers import TrainerCallback
 
 from distill import DistillConfig, DistillTrainer
 from distill.bundled import BUNDLED
@@ -298,6 +300,24 @@ def test_arguments_that_adapters_pass_on_as_none_are_allowed(work: Path) -> None
     assert torch.equal(model(**inputs, **none)["loss"], plain)
     with pytest.raises(TypeError, match="unexpected with teachers: attention_mask"):
         model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
+
+
+def test_the_collector_leaves_alone_what_a_training_started_with(
+    work: Path, tmp_path: Path
+) -> None:
+    frozen = []
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            frozen.append(gc.get_freeze_count())
+            raise KeyboardInterrupt
+
+    trainer = _trainer(work, tmp_path)
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert frozen[0] > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_loss_that_is_not_finite_stops_before_the_step(work: Path, tmp_path: Path) -> None:
