@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     document: dict[str, Any] = {
         "machine": machine(),
         "smoke": options.smoke,
-        "options": {key: str(value) for key, value in vars(options).items()},
+        "options": {k: v for k, v in vars(options).items() if k not in ("json", "smollm", "work")},
         "students": {},
     }
     for student in options.students:

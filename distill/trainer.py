@@ -103,6 +103,7 @@ class DistillTrainer(Trainer):
         self.taboo = configured_taboo(args, processing_class)
         self._core = core
         self._plain_forward = core.forward
+        self._num_weights = int(core.num_parameters(exclude_embeddings=True))
         attach_loss(core, self.spec, args.loss_chunk, self._dense)
         if args.fsdp and args.world_size == 1:
             raise UsageError("fsdp: shards need several processes", "start them with torchrun")
@@ -231,6 +232,10 @@ class DistillTrainer(Trainer):
         # DDP averages gradients over ranks; the divisor above already counts all of them.
         loss = output["loss"] * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As transformers.Trainer's, which counts the weights anew at every step."""
+        return 6 * inputs["input_ids"].numel() * self._num_weights
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         self._norm = super()._get_grad_norm(model, grad_norm=grad_norm)

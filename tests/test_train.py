@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer, sentences, write_jsonl
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from distill import DistillConfig, DistillTrainer
 from distill.bundled import BUNDLED
@@ -318,6 +318,11 @@ def test_the_collector_leaves_alone_what_a_training_started_with(
         trainer.train()
     assert frozen[0] > 10_000
     assert gc.get_freeze_count() == 0
+
+
+def test_operations_are_counted_as_transformers_counts_them(work: Path, tmp_path: Path) -> None:
+    trainer, inputs = _trainer(work, tmp_path), {"input_ids": torch.zeros(2, 5)}
+    assert trainer.floating_point_ops(inputs) == Trainer.floating_point_ops(trainer, inputs) > 1000
 
 
 def test_loss_that_is_not_finite_stops_before_the_step(work: Path, tmp_path: Path) -> None:
