@@ -325,7 +325,7 @@ class Measurement:
             if step + 1 in (steps // 2, steps):
                 self.wait()
                 started, before = time.perf_counter(), started
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
         return (started - before) / (steps - steps // 2)
 
 

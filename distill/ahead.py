@@ -7,11 +7,14 @@ small kernels a step: of a student of 135M a step took half as long again beside
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import os
 import signal
+import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +30,8 @@ Make = Callable[[StoreReader, list[int]], Inputs]
 
 _SHARED = 1 << 29  # bytes; a batch of 8 x 2048 positions takes 20 MB, a process has four under way
 _ALIGNED = 256  # bytes, as torch's own allocator of GPU memory would
+_ROOM = "containers take --shm-size=1g or --ipc=host"
+_STOPPING = {signal.SIGINT, signal.SIGTERM}
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,13 @@ class Packed:
         rest = changed(inputs, torch.Tensor, place)
         memory = torch.empty(size, dtype=torch.uint8)
         if get_worker_info() is not None:
-            memory.share_memory_()
+            try:
+                memory.share_memory_()
+            except RuntimeError as error:
+                raise ResourceError(
+                    f"/dev/shm: no shared memory for a batch of {size >> 20} MiB: {error}",
+                    f"{_ROOM}; or --set dataloader_num_workers=0",
+                ) from error
         packed = Packed(memory, rest)
         changed(rest, _Place, lambda at: packed._at(at).copy_(tensors.pop(0)))
         return packed
@@ -95,7 +106,7 @@ def changed(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 
 def made_ahead(
     make: Make, reader: StoreReader, rows: Iterable[list[int]], workers: int, pinned: bool
-) -> Iterator[Packed]:
+) -> Generator[Packed]:
     """``make(reader, numbers)`` for each list of row numbers, by as many processes; 0: when asked
     for. pinned: in pinned memory. What it gives does not depend on workers, and no random state is
     touched. Errors of make are raised here; ResourceError if a process dies.
@@ -119,14 +130,14 @@ def _can_fork(reader: StoreReader) -> bool:
     except OSError:
         return False  # not Linux
     free = found.f_bavail * found.f_frsize
-    if free < _SHARED:
+    expected = _SHARED * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if free < expected:
         warnings.warn(
-            f"/dev/shm: {free >> 20} MiB of shared memory are free, expected {_SHARED >> 20}: the "
-            "store is read in a thread, which slows down small students; containers take "
-            "--shm-size=1g or --ipc=host",
+            f"/dev/shm: {free >> 20} MiB of shared memory are free, expected {expected >> 20}: the "
+            f"store is read in a thread, which slows down small students; {_ROOM}",
             stacklevel=2,
         )
-    return free >= _SHARED
+    return free >= expected
 
 
 class _Batches(Dataset[Packed]):
@@ -141,58 +152,71 @@ class _Batches(Dataset[Packed]):
         try:
             return Packed.of(self.make(self.reader, numbers))
         except Exception as error:  # raised by torch it would lose its kind and its hint
+            error.add_note(f"In a data worker:\n{traceback.format_exc()}")
             return error
 
 
 def _begin(_: int) -> None:
     """In a new process: what stops a run is its parent's business, also where every process of a
-    group or a job is told. The parent ends it by other means, and by SIGTERM if they fail: twice.
-    """
+    group or a job is told. The parent ends it by other means; if they fail by SIGTERM, at the
+    latest a minute later."""
     told: list[int] = []
 
     def handle(number: int, _frame: Any) -> None:
         if told:
             os._exit(128 + number)
         told.append(number)
+        signal.alarm(60)
 
+    gc.freeze()  # what the parent has on a GPU is not for a collector here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
 
 
 def _as_it_is(made: Any) -> Any:
     return made
 
 
+@contextlib.contextmanager
+def deaths_explained() -> Iterator[None]:
+    """The death of a data worker as ResourceError. torch raises it in the main thread wherever that
+    is, which may be in the middle of a step."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ResourceError(
+            f"a process that reads the store died: {str(error).strip().splitlines()[0]}",
+            "more memory, or --set dataloader_num_workers=0; then the same command again",
+        ) from error
+
+
 def _by_processes(
     dataset: _Batches, rows: Iterable[list[int]], workers: int, pinned: bool
-) -> Iterator[Packed]:
-    made = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=rows,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            pin_memory=pinned,
-            worker_init_fn=_begin,
-            generator=torch.Generator(),  # it draws a seed, which must not move the run's own
-            multiprocessing_context="fork",
-        )
+) -> Generator[Packed]:
+    loader = DataLoader(
+        dataset,
+        batch_sampler=rows,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pinned,
+        worker_init_fn=_begin,
+        generator=torch.Generator(),  # it draws a seed, which must not move the run's own
+        multiprocessing_context="fork",
     )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)  # until _begin
     try:
-        while True:
-            try:
-                packed = next(made, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise ResourceError(
-                    f"a process that reads the store died: {str(error).strip().splitlines()[0]}",
-                    "more memory, or --set dataloader_num_workers=0; then the same command again",
-                ) from error
-            if isinstance(packed, Exception):
-                raise packed
-            if packed is None:
-                return
-            yield packed
+        made = iter(loader)
     finally:
-        del made  # ends the processes
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        with deaths_explained():
+            for packed in made:
+                if isinstance(packed, Exception):
+                    raise packed
+                yield packed
+    finally:
+        # Not left to the last reference: the traceback of an error may hold it.
+        made._shutdown_workers()  # type: ignore[attr-defined]

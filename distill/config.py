@@ -97,11 +97,8 @@ class DistillConfig(TrainingArguments):
     fsdp: bool | str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "true: FSDP2, weights in shards over the processes' GPUs"}
     )
-    ddp_broadcast_buffers: bool | None = field(
-        default=False, metadata={"help": "DDP: buffers from the first process at every step"}
-    )
-    dataloader_num_workers: int = field(
-        default=None,  # type: ignore[assignment]
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
+        default=None,
         metadata={"help": "processes that read the store; None: 2 on a GPU, 0 on a CPU"},
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "must stay off"})
@@ -141,8 +138,8 @@ class DistillConfig(TrainingArguments):
                 "train_sampling_strategy: rows of a store have one length; expected random or "
                 f"sequential, found {self.train_sampling_strategy}"
             )
-        if self.eval_rows < 0 or self.lora_rank < 0:
-            raise ValueError("eval_rows, lora_rank: expected 0 or more")
+        if min(self.eval_rows, self.lora_rank, self.dataloader_num_workers) < 0:
+            raise ValueError("eval_rows, lora_rank, dataloader_num_workers: expected 0 or more")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected a number in [0, 1), found {self.ema_decay}")
         self.spec()  # refuses what it does not know

@@ -7,8 +7,9 @@ takes them all, whether they are split over processes or accumulated one by one.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -110,14 +111,14 @@ class Feed:
         self.seconds_waited = 0.0  # in which the training loop had no batch
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def inputs(self, rows: Iterable[list[int]]) -> Iterator[dict[str, Any]]:
+    def inputs(self, rows: Iterable[list[int]]) -> Generator[dict[str, Any]]:
         """Inputs of each list, in order; to_inputs says what they are. Besides them num_valid, the
         valid positions, and rows, the list. An empty list gives a batch without valid positions."""
-        pinned = self._stream is not None
-        made = self._timed(made_ahead(self._make, self.reader, rows, self.workers, pinned))
-        if self._stream is not None:
-            return self._on_gpu(made, self._stream)
-        return (packed.inputs() for packed in made)
+        made = made_ahead(self._make, self.reader, rows, self.workers, self._stream is not None)
+        with contextlib.closing(made):
+            timed = self._timed(made)
+            for packed in timed if self._stream is None else self._on_gpu(timed, self._stream):
+                yield packed.inputs()
 
     def _make(self, reader: StoreReader, rows: list[int]) -> dict[str, Any]:
         batch = reader[rows or [0]]
@@ -137,9 +138,7 @@ class Feed:
                 return
             yield packed
 
-    def _on_gpu(
-        self, made: Iterator[Packed], stream: torch.cuda.Stream
-    ) -> Iterator[dict[str, Any]]:
+    def _on_gpu(self, made: Iterator[Packed], stream: torch.cuda.Stream) -> Iterator[Packed]:
         """Copy one batch ahead. The caller's stream waits for the copy, the host for nothing:
         torch keeps pinned memory from use until copies out of it are done."""
 
@@ -158,7 +157,7 @@ class Feed:
             # The allocator must not give its memory to the next copy before it was used.
             packed.memory.record_stream(current)
             ahead = started()
-            yield packed.inputs()
+            yield packed
 
 
 def share_of(num_rows: int, batch_size: int, index: int, count: int) -> list[list[int]]:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 
 from logitcache.errors import InputError, StoreError, UsageError
@@ -48,7 +49,8 @@ class LawWatch(TrainerCallback):
             return
         self.checked = step
         trainer = self.trainer
-        with trainer.averaged_weights():
+        # With a cache each compiled layer would be a graph of its own, for every length anew.
+        with trainer.averaged_weights(), torch.compiler.set_stance("force_eager"):
             violations = violations_of(
                 trainer._core,
                 trainer.processing_class,

@@ -8,7 +8,7 @@ import gc
 import itertools
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from logitcache.causal_lm import fits_decoder_and_head
 from logitcache.errors import UsageError
 from logitcache.reader import TeacherBatch
 
+from .ahead import deaths_explained
 from .checkpoint import rotate, write_checkpoint
 from .config import DistillConfig
 from .data import Feed, RowOrder, row_loader, share_of
@@ -126,11 +127,14 @@ class DistillTrainer(Trainer):
                 f"fsdp: the environment asks for version {plugin.fsdp_version}, expected 2",
                 "unset ACCELERATE_USE_FSDP and --set fsdp=true, or FSDP_VERSION=2",
             )
-        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # not the model as a whole
         if args.torch_compile:
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # not the whole model
             compile_layers(core, args.torch_compile_backend, args.torch_compile_mode)
-        if self.accelerator.ddp_handler is not None:  # no second copy of all gradients
-            self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        ddp = self.accelerator.ddp_handler
+        if ddp is not None:
+            ddp.gradient_as_bucket_view = True  # no second copy of all gradients
+            if args.ddp_broadcast_buffers is None:
+                ddp.broadcast_buffers = False  # a decoder's are the same in every process
         self.model_accepts_loss_kwargs = True
         self.average: WeightAverage | None = None
         self.finite = FiniteCheck(args.device)
@@ -141,10 +145,10 @@ class DistillTrainer(Trainer):
             self.reader,
             self.spec.temperature,
             args.device,
-            args.dataloader_num_workers,
+            args.dataloader_num_workers or 0,
             self._more_inputs,
         )
-        self._batches: tuple[Any, Iterator[dict[str, Any]]] | None = None
+        self._batches: tuple[Any, Generator[dict[str, Any]]] | None = None
         self._reset_sums()
 
     def identity(self) -> dict[str, Any]:
@@ -200,7 +204,7 @@ class DistillTrainer(Trainer):
     def close_feed(self) -> None:
         """End the processes that read ahead."""
         if self._batches is not None:
-            self._batches[1].close()  # type: ignore[attr-defined]
+            self._batches[1].close()
             self._batches = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,8 +214,10 @@ class DistillTrainer(Trainer):
         gc.collect()
         gc.freeze()
         try:
-            return super().train(*args, **kwargs)
+            with deaths_explained():
+                return super().train(*args, **kwargs)
         finally:
+            self.close_feed()
             gc.unfreeze()
 
     # ---- loss ----
@@ -315,14 +321,19 @@ class DistillTrainer(Trainer):
             reader,
             1.0,
             self.args.device,
-            self.args.dataloader_num_workers,
+            self.args.dataloader_num_workers or 0,
             lambda batch: source_inputs(reader, batch, len(sources)),
         )
         try:
-            with self.averaged_weights(), self.accelerator.autocast():
+            with (
+                self.averaged_weights(),
+                self.accelerator.autocast(),
+                deaths_explained(),
+                contextlib.closing(feed.inputs(rows)) as batches,
+            ):
                 # Not the core model alone: what FSDP keeps in shards is put together for a call of
                 # the module that it wrapped.
-                sums = summed(self.model, feed.inputs(rows), self.args.device, len(sources))
+                sums = summed(self.model, batches, self.args.device, len(sources))
         finally:
             self._core.forward = with_loss
             self.model.train(was_training)
@@ -425,7 +436,6 @@ class _Hooks(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.finite.wait()
-        self.trainer.close_feed()
 
 
 def _opened(store: StoreReader | str | Path) -> StoreReader:

@@ -32,7 +32,7 @@ class Buffers:
         self._buffers: list[np.ndarray] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Buffers, ()
+        return Buffers, ()  # its lock has no pickle
 
     def full(self, shape: tuple[int, ...], value: Any, dtype: Any) -> np.ndarray:
         """Like np.full."""

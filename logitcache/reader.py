@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -200,7 +200,7 @@ class StoreReader:
 
 def read_ahead(
     make: Callable[[Key], Made], keys: Iterable[Key], workers: int, ahead: int = 2
-) -> Iterator[Made]:
+) -> Generator[Made]:
     """What ``make`` gives for each key, in order, made by threads beforehand; see
     StoreReader.batches. Without workers it is made when asked for."""
     if workers < 1:

@@ -57,10 +57,14 @@ def join(config: BuildConfig) -> None:
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
+def _beside(_default: Any) -> Any:
+    return torch.distributed.new_group(backend="gloo")
+
+
 def _hosts() -> Any:
     """A group of the processes whose collectives need no GPU, whoever has made the default one."""
-    return torch.distributed.new_group(backend="gloo")
+    return _beside(torch.distributed.group.WORLD)
 
 
 def told(work: dict[str, list[int]] | None) -> dict[str, list[int]]:
@@ -96,7 +100,7 @@ def leave_group() -> None:
     the frames of an error hold, and reference cycles.
     """
     if torch.distributed.is_initialized():
-        _hosts.cache_clear()
+        _beside.cache_clear()
         torch.distributed.destroy_process_group()
         error = sys.exception()
         if error is not None:

@@ -54,6 +54,9 @@ def run(inputs: Path, out: Path, name: str, folder: str, resume: Path | None = N
     choose_kind(config)
     trainer = make_trainer(request, config)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if name.startswith("ddp"):
+        assert trainer.model_wrapped.gradient_as_bucket_view
+        assert not trainer.model_wrapped.broadcast_buffers
     first = trainer.is_world_process_zero()
     shards = [hasattr(p, "full_tensor") for p in trainer._core.parameters()]
     kinds = (name, trainer.accelerator.state.distributed_type, shards)

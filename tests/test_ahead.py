@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from training_runs import SETTINGS, make_inputs, request
 
-from distill import ahead
 from distill.ahead import changed, made_ahead
 from distill.data import Feed
+from distill.train import make_trainer
 from logitcache import open_store
 from logitcache.errors import ResourceError, StoreError
 
@@ -25,6 +30,11 @@ ROWS = [[3, 1], [], [2], [0, 3]]
 
 def feed(path: Path, workers: int) -> Feed:
     return Feed(open_store(path), 1.5, torch.device("cpu"), workers)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("ahead"))
 
 
 def flat(batch: dict[str, Any]) -> list[torch.Tensor]:
@@ -88,6 +98,34 @@ def test_a_process_that_dies_is_an_error_with_what_to_do(built: SimpleNamespace)
     assert "dataloader_num_workers=0" in str(caught.value.hint)
 
 
+def test_each_process_reads_with_a_reader_of_its_own(built: SimpleNamespace) -> None:
+    reader = open_store(built.path)
+    rows = iter([[1], [2]])
+    made = made_ahead(lambda given, _: {"same": given is reader}, reader, rows, 1, pinned=False)
+    assert [packed.inputs() for packed in made] == [{"same": False}] * 2
+
+
+def test_an_error_says_where_in_the_process_it_was(built: SimpleNamespace) -> None:
+    def broken(reader: Any, numbers: list[int]) -> dict[str, Any]:
+        raise KeyError("no such part")
+
+    with pytest.raises(KeyError, match="no such part") as caught:
+        list(made_ahead(broken, open_store(built.path), ROWS, 1, pinned=False))
+    assert any("in broken" in note for note in caught.value.__notes__)
+
+
+def test_no_shared_memory_is_an_error_with_what_to_do(
+    built: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(ResourceError, match="/dev/shm: no shared memory for a batch of") as caught:
+        list(feed(built.path, 1).inputs(ROWS))
+    assert "--shm-size" in str(caught.value.hint)
+
+
 def test_a_signal_to_all_processes_ends_no_reading(built: SimpleNamespace) -> None:
     def made(reader: Any, numbers: list[int]) -> dict[str, Any]:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -101,10 +139,43 @@ def test_a_signal_to_all_processes_ends_no_reading(built: SimpleNamespace) -> No
 def test_little_shared_memory_means_a_thread_and_a_warning(
     built: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ahead, "_SHARED", 1 << 62)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(1 << 40))
     rows: Iterator[list[int]] = itertools.repeat([0])
     with pytest.warns(UserWarning, match=r"/dev/shm: \d+ MiB .* --shm-size"):
         reading = made_ahead(
             lambda reader, numbers: {"pid": os.getpid()}, open_store(built.path), rows, 2, False
         )
     assert next(reading).inputs()["pid"] == os.getpid()
+
+
+def test_an_error_ends_the_command_and_the_processes_that_read(
+    inputs: Path, tmp_path: Path
+) -> None:
+    settings = {"learning_rate": 1e38, "max_grad_norm": 0, "dataloader_num_workers": 2}
+    command = [sys.executable, "-m", "distill", "train", "--store", str(inputs / "store")]
+    command += ["--student", str(inputs / "student"), "--out", str(tmp_path / "out")]
+    command += [w for k, v in {**SETTINGS, **settings}.items() for w in ("--set", f"{k}={v}")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert run.returncode == 7, run.stderr
+
+
+@pytest.mark.parametrize("during", ["training", "evaluation"])
+def test_a_process_that_dies_in_the_middle_of_a_step_is_named(
+    inputs: Path, tmp_path: Path, during: str
+) -> None:
+    """torch says so wherever the main thread is."""
+    settings = {"eval_rows": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 50}
+    settings |= {"dataloader_num_workers": 1, "num_train_epochs": 100}
+    asked = request(inputs, tmp_path / "out", **settings)
+    trainer = make_trainer(asked, asked.config())
+
+    def kill(*_: object) -> None:
+        if trainer._core.training == (during == "training"):
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGKILL)
+            time.sleep(0.5)
+
+    trainer._core.model.register_forward_hook(kill)
+    with pytest.raises(ResourceError, match="a process that reads the store died"):
+        trainer.train()
+    assert multiprocessing.active_children() == []

@@ -108,6 +108,7 @@ def test_held_out_rows_are_evaluated_during_training_and_never_trained_on(
         ({"lora_rank": 2, "lora_targets": "nosuch"}, "lora_targets: "),
         ({"fsdp": True}, "fsdp"),
         ({"deepspeed": "x.json"}, "deepspeed"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers: expected 0 or more"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(
@@ -229,6 +230,11 @@ def test_options_of_transformers_train_and_resume(
     train(request(inputs, tmp_path / "parts", **settings))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     if "torch_compile" in settings:
+        asked_again = request(inputs, tmp_path / "again", **settings)
+        trainer = make_trainer(asked_again, asked_again.config())
+        assert all(layer._compiled_call_impl for layer in trainer._core.model.layers)
+        trainer.train()
+        assert trainer.model_wrapped is trainer._core, "the whole model was compiled too"
         train(request(inputs, tmp_path / "plain"))
         plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "whole")
         assert [x[1] for x in compiled] == pytest.approx([x[1] for x in plain], rel=1e-4)
