@@ -52,7 +52,7 @@ def to_inputs(batch: TeacherBatch, temperature: float) -> dict[str, Any]:
 
 def compile_layers(model: Any, backend: Any = "inductor", mode: str | None = None) -> None:
     """Compile each layer of a model in place. All share one graph, which is there in seconds; that
-    of a whole model took minutes. UsageError for a model without a list of layers."""
+    of a whole model was not in a minute. UsageError for a model without a list of layers."""
     found: list[Any] = []
 
     def look(module: Any) -> None:
