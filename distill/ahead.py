@@ -219,4 +219,9 @@ def _by_processes(
                 yield packed
     finally:
         # Not left to the last reference: the traceback of an error may hold it.
-        made._shutdown_workers()  # type: ignore[attr-defined]
+        try:
+            made._shutdown_workers()  # type: ignore[attr-defined]
+        except RuntimeError:  # the death of another
+            for process in made._workers:  # type: ignore[attr-defined]
+                process.kill()
+                process.join()

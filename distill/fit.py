@@ -73,6 +73,17 @@ def core_model(model: Any) -> Any:
     return get_base() if get_base is not None else model
 
 
+def check_adapters(model: Any) -> None:
+    """Refuse adapters, of PEFT, that the loss would not see. UsageError."""
+    if hasattr(core_model(model).get_output_embeddings(), "base_layer"):
+        raise UsageError(
+            "model: an adapter on the output head, whose weight alone the loss reads",
+            "leave the output head out of the adapter's target modules",
+        )
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UsageError("model: learned prompts are not supported; expected LoRA or its like")
+
+
 def check_model_fits(reader: StoreReader, model: Any) -> None:
     """The same of the model itself, a transformers causal language model: its output rows."""
     head = model.get_output_embeddings()

@@ -1,4 +1,5 @@
-"""What processes of torchrun do together: decide as one, and gather what is spread over them."""
+"""What processes of torchrun do together: how accelerate lets them, decide as one, and gather what
+is spread over them."""
 
 from __future__ import annotations
 
@@ -6,7 +7,34 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
+
+from logitcache.errors import UsageError
+
+
+def set_up(accelerator: Accelerator, args: TrainingArguments) -> None:
+    """Have accelerate do what the settings say, and no more. UsageError where it does not."""
+    state = accelerator.state
+    plugin = getattr(state, "fsdp_plugin", None)
+    if args.fsdp and plugin is None:
+        raise UsageError(
+            f"fsdp: accelerate puts weights into shards on GPUs only, found {args.device.type}",
+            "leave fsdp out: processes without GPUs each hold all weights (DDP)",
+        )
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise UsageError(
+            f"fsdp: the environment asks for version {plugin.fsdp_version}, expected 2",
+            "unset ACCELERATE_USE_FSDP and --set fsdp=true, or FSDP_VERSION=2",
+        )
+    if args.torch_compile:
+        state.dynamo_plugin.backend = DynamoBackend.NO  # layers are compiled, not the whole model
+    ddp = accelerator.ddp_handler
+    if ddp is not None:
+        ddp.gradient_as_bucket_view = True  # no second copy of all gradients
+        if args.ddp_broadcast_buffers is None:
+            ddp.broadcast_buffers = False  # a decoder's are the same in every process
 
 
 def agreed(args: TrainingArguments, action: Callable[[], Any]) -> Any:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -30,9 +29,9 @@ from .data import Feed, RowOrder, row_loader, share_of
 from .ema import WeightAverage
 from .evaluate import evaluation_spec, held_out_metrics, summed
 from .finite import FiniteCheck, skip_if
-from .fit import check_model_fits, check_store, core_model, split_rows
+from .fit import check_adapters, check_model_fits, check_store, core_model, split_rows
 from .identity import plain, settings_identity, store_identity
-from .processes import agreed
+from .processes import agreed, set_up
 from .source_loss import reported_sources, source_inputs, source_metrics
 from .state import SavedState, checkpoint_files
 from .student import SUM_NAMES, as_metrics, attach_loss, compile_layers, zero_sums
@@ -79,13 +78,7 @@ class DistillTrainer(Trainer):
         if eval_store is not None:
             self.eval_reader = _opened(eval_store)
         core = core_model(model)
-        if hasattr(core.get_output_embeddings(), "base_layer"):
-            raise UsageError(
-                "model: an adapter on the output head, whose weight alone the loss reads",
-                "leave the output head out of the adapter's target modules",
-            )
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            raise UsageError("model: learned prompts are not supported; expected LoRA or its like")
+        check_adapters(model)
         for reader in {self.reader, self.eval_reader} - {None}:
             assert reader is not None
             check_store(reader, processing_class, core.config, args)
@@ -116,25 +109,9 @@ class DistillTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if args.fsdp and not self.is_fsdp_enabled:
-            raise UsageError(
-                f"fsdp: accelerate puts weights into shards on GPUs only, found {args.device.type}",
-                "leave fsdp out: processes without GPUs each hold all weights (DDP)",
-            )
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if self.is_fsdp_enabled and plugin is not None and plugin.fsdp_version != 2:
-            raise UsageError(
-                f"fsdp: the environment asks for version {plugin.fsdp_version}, expected 2",
-                "unset ACCELERATE_USE_FSDP and --set fsdp=true, or FSDP_VERSION=2",
-            )
+        set_up(self.accelerator, args)
         if args.torch_compile:
-            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # not the whole model
             compile_layers(core, args.torch_compile_backend, args.torch_compile_mode)
-        ddp = self.accelerator.ddp_handler
-        if ddp is not None:
-            ddp.gradient_as_bucket_view = True  # no second copy of all gradients
-            if args.ddp_broadcast_buffers is None:
-                ddp.broadcast_buffers = False  # a decoder's are the same in every process
         self.model_accepts_loss_kwargs = True
         self.average: WeightAverage | None = None
         self.finite = FiniteCheck(args.device)
@@ -213,12 +190,12 @@ class DistillTrainer(Trainer):
         # of a step, 0.2 to 0.4 s, and with it every process that waits for this one.
         gc.collect()
         gc.freeze()
-        try:
-            with deaths_explained():
+        with deaths_explained():
+            try:
                 return super().train(*args, **kwargs)
-        finally:
-            self.close_feed()
-            gc.unfreeze()
+            finally:
+                self.close_feed()
+                gc.unfreeze()
 
     # ---- loss ----
 

@@ -155,7 +155,7 @@ def test_an_error_ends_the_command_and_the_processes_that_read(
     command = [sys.executable, "-m", "distill", "train", "--store", str(inputs / "store")]
     command += ["--student", str(inputs / "student"), "--out", str(tmp_path / "out")]
     command += [w for k, v in {**SETTINGS, **settings}.items() for w in ("--set", f"{k}={v}")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 7, run.stderr
 
 

@@ -9,6 +9,7 @@ import shutil
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from distill import DistillTrainer
 from distill.card import escaped, model_card
 from distill.cli import cli
 from distill.finite import FiniteCheck, skip_if
+from distill.processes import set_up
 from distill.progress import TrainProgress
 from distill.train import make_trainer, train
 from logitcache import open_store
@@ -117,6 +119,15 @@ def test_settings_that_do_not_go_together_are_refused(
     code, said, _ = run(inputs, tmp_path / "out", **settings)
     assert code == 2, said
     assert message in said["error"]
+
+
+def test_fsdp_of_another_version_from_the_environment_is_refused(
+    inputs: Path, tmp_path: Path
+) -> None:
+    config = request(inputs, tmp_path / "out").config()
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    with pytest.raises(UsageError, match="the environment asks for version 1, expected 2"):
+        set_up(SimpleNamespace(state=state, ddp_handler=None), config)
 
 
 def test_what_does_not_fit_is_said_before_weights_are_loaded(inputs: Path, tmp_path: Path) -> None:
