@@ -91,6 +91,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(inputs: Path, tmp_path: Path) ->
     assert same_run(tmp_path / "whole", tmp_path / "out") == []
 
 
+def test_a_compiled_student_has_the_losses_of_a_plain_one(inputs: Path, tmp_path: Path) -> None:
+    """Near them: its dropout draws other numbers, and products are in TF32."""
+    try:
+        for name in ("plain", "compiled"):
+            train(request(inputs, tmp_path / name, **ON_GPU, torch_compile=name == "compiled"))
+    finally:
+        torch.backends.fp32_precision = "none"
+    plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
+    assert [x[1] for x in compiled] == pytest.approx([x[1] for x in plain], rel=0.03)
+
+
 def test_no_step_waits_for_the_gpu(inputs: Path, tmp_path: Path) -> None:
     asked = request(inputs, tmp_path / "out", **ON_GPU, save_strategy="no", logging_steps=100)
     trainer = make_trainer(asked, asked.config())
