@@ -8,7 +8,6 @@ small kernels a step: of a student of 135M a step took half as long again beside
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import os
 import signal
@@ -16,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from logitcache.errors import ResourceError
 from logitcache.reader import StoreReader, read_ahead
 from logitcache.remote import RemoteStore
+from logitcache.store import Store
 
 Inputs = dict[str, Any]
 Make = Callable[[StoreReader, list[int]], Inputs]
@@ -57,12 +58,12 @@ class Packed:
 
         def place(tensor: torch.Tensor) -> _Place:
             nonlocal size
-            found = _Place(size, tensor.shape, tensor.dtype)
+            at = _Place(size, tensor.shape, tensor.dtype)
             size += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
-            tensors.append(tensor)
-            return found
+            placed.append((at, tensor))
+            return at
 
-        tensors: list[torch.Tensor] = []
+        placed: list[tuple[_Place, torch.Tensor]] = []
         rest = changed(inputs, torch.Tensor, place)
         memory = torch.empty(size, dtype=torch.uint8)
         if get_worker_info() is not None:
@@ -74,7 +75,8 @@ class Packed:
                     f"{_ROOM}; or --set dataloader_num_workers=0",
                 ) from error
         packed = Packed(memory, rest)
-        changed(rest, _Place, lambda at: packed._at(at).copy_(tensors.pop(0)))
+        for at, tensor in placed:
+            packed._at(at).copy_(tensor)
         return packed
 
     def inputs(self) -> Inputs:
@@ -112,7 +114,7 @@ def made_ahead(
     touched. Errors of make are raised here; ResourceError if a process dies.
     """
     if workers and _can_fork(reader):
-        return _by_processes(_Batches(make, reader), rows, workers, pinned)
+        return _by_processes(_Batches(make, reader.store), rows, workers, pinned)
 
     def made(numbers: list[int]) -> Packed:
         packed = Packed.of(make(reader, numbers))
@@ -143,12 +145,15 @@ def _can_fork(reader: StoreReader) -> bool:
 class _Batches(Dataset[Packed]):
     """What a data worker makes of a list of row numbers: a batch, or the error."""
 
-    def __init__(self, make: Make, reader: StoreReader):
-        self.make, self.reader, self.owner = make, reader, os.getpid()
+    def __init__(self, make: Make, store: Store):
+        self.make, self.store = make, store
+
+    @cached_property
+    def reader(self) -> StoreReader:
+        """The worker's own: a forked one would share its locks with its parent."""
+        return StoreReader(self.store)
 
     def __getitems__(self, numbers: list[int]) -> Packed | Exception:
-        if self.owner != os.getpid():  # a forked reader shares its locks with its parent
-            self.reader, self.owner = copy.copy(self.reader), os.getpid()
         try:
             return Packed.of(self.make(self.reader, numbers))
         except Exception as error:  # raised by torch it would lose its kind and its hint

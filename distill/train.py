@@ -19,6 +19,7 @@ from logitcache.causal_lm import load_causal_lm, model_identity
 from logitcache.environment import describe_environment, gpu_memory_peak_bytes
 from logitcache.errors import Interrupted, StoreError
 from logitcache.files import clear_folder, lock, to_json, write_atomic
+from logitcache.several import hosts
 from logitcache.tokenise import load_tokenizer
 
 from .adapters import with_adapters
@@ -138,15 +139,10 @@ class _Watch(TrainerCallback):
     def __init__(self, stop: Callable[[], bool], log_path: Path, report: Report):
         self.stop, self.log_path, self.report = stop, log_path, report
         self.stopped = False
-        self._group: Any = None
         self._asked: tuple[torch.Tensor, Any] | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size > 1:  # of the hosts: what they agree on must not wait for their GPUs
-            self._group = torch.distributed.new_group(backend="gloo")
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._stop_asked():
+        if self.stop() if args.world_size == 1 else self._any_stop_asked():
             self.stopped = True
             control.should_save = control.should_training_stop = True
         if state.is_world_process_zero:
@@ -156,15 +152,14 @@ class _Watch(TrainerCallback):
         if self._asked is not None:
             self._asked[1].wait()
 
-    def _stop_asked(self) -> bool:
+    def _any_stop_asked(self) -> bool:
         """Whether any process was asked to stop; all of them say yes at the same step, or they
-        would wait for one another. They exchange the answer while they compute the next step."""
-        if self._group is None:
-            return self.stop()
+        would wait for one another. They exchange the answer while they compute the next step, as
+        hosts: it must not wait for their GPUs."""
         before = self._asked
         flag = torch.tensor(float(self.stop()))
         most = torch.distributed.ReduceOp.MAX
-        self._asked = flag, torch.distributed.all_reduce(flag, most, self._group, async_op=True)
+        self._asked = flag, torch.distributed.all_reduce(flag, most, hosts(), async_op=True)
         if before is None:
             return False
         before[1].wait()

@@ -62,7 +62,7 @@ def _beside(_default: Any) -> Any:
     return torch.distributed.new_group(backend="gloo")
 
 
-def _hosts() -> Any:
+def hosts() -> Any:
     """A group of the processes whose collectives need no GPU, whoever has made the default one."""
     return _beside(torch.distributed.group.WORLD)
 
@@ -70,7 +70,7 @@ def _hosts() -> Any:
 def told(work: dict[str, list[int]] | None) -> dict[str, list[int]]:
     """The shards to make, by part: what the first process gives, in every process."""
     box = [work]
-    torch.distributed.broadcast_object_list(box, 0, _hosts(), device=torch.device("cpu"))
+    torch.distributed.broadcast_object_list(box, 0, hosts(), device=torch.device("cpu"))
     assert box[0] is not None
     return box[0]
 
@@ -80,7 +80,7 @@ def all_stop(stop: Callable[[], bool]) -> Callable[[], bool]:
 
     def asked() -> bool:
         flag = torch.tensor(float(stop()))
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, _hosts())
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, hosts())
         return bool(flag)
 
     return asked
@@ -88,7 +88,7 @@ def all_stop(stop: Callable[[], bool]) -> Callable[[], bool]:
 
 def wait_for_all() -> None:
     """Until every process is here: the store is whole then."""
-    torch.distributed.all_reduce(torch.zeros(1), group=_hosts())
+    torch.distributed.all_reduce(torch.zeros(1), group=hosts())
 
 
 def leave_group() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import SETTINGS, make_inputs, request
+from training_runs import make_inputs, request, train_words
 
 from distill.ahead import changed, made_ahead
 from distill.data import Feed
@@ -152,9 +152,7 @@ def test_an_error_ends_the_command_and_the_processes_that_read(
     inputs: Path, tmp_path: Path
 ) -> None:
     settings = {"learning_rate": 1e38, "max_grad_norm": 0, "dataloader_num_workers": 2}
-    command = [sys.executable, "-m", "distill", "train", "--store", str(inputs / "store")]
-    command += ["--student", str(inputs / "student"), "--out", str(tmp_path / "out")]
-    command += [w for k, v in {**SETTINGS, **settings}.items() for w in ("--set", f"{k}={v}")]
+    command = [sys.executable, "-m", "distill", *train_words(inputs, tmp_path / "out", **settings)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 7, run.stderr
 

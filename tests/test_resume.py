@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import SETTINGS, losses, make_inputs, request, same_run
+from training_runs import losses, make_inputs, request, same_run, train_words
 
 from distill import DistillTrainer
 from distill.checkpoint import checkpoints, find_checkpoint, rotate, write_checkpoint
@@ -78,10 +78,8 @@ def test_a_command_that_is_killed_then_terminated_goes_on_to_the_same_bits(
 ) -> None:
     """Signals that a terminal or a scheduler sends to every process of the run, data workers too;
     kill -9 to the first alone, whose data workers then end themselves."""
-    settings = {**SETTINGS, "max_steps": 200, "save_steps": 25, "dataloader_num_workers": 1}
-    command = [sys.executable, "-m", "distill", "train", "--store", str(inputs / "store")]
-    command += ["--student", str(inputs / "student"), "--out", str(tmp_path / "out")]
-    command += [w for key, value in settings.items() for w in ("--set", f"{key}={value}")]
+    settings = {"max_steps": 200, "save_steps": 25, "dataloader_num_workers": 1}
+    command = [sys.executable, "-m", "distill", *train_words(inputs, tmp_path / "out", **settings)]
 
     def until(step: int, number: signal.Signals) -> tuple[int, str]:
         running = subprocess.Popen(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_runs import SETTINGS, losses, make_inputs, request
+from training_runs import losses, make_inputs, request, train_words
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from distill import DistillTrainer
@@ -41,11 +41,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(inputs: Path, out: Path, *words: str, **settings: object) -> tuple[int, dict, str]:
-    command = ["train", "--store", str(inputs / "store"), "--student", str(inputs / "student")]
-    command += ["--out", str(out), "--json", *words]
-    for key, value in {**SETTINGS, **settings}.items():
-        command += ["--set", f"{key}={value}"]
-    result = CliRunner().invoke(cli, command)
+    result = CliRunner().invoke(cli, [*train_words(inputs, out, **settings), "--json", *words])
     return result.exit_code, json.loads(result.stdout), result.stderr
 
 

@@ -92,6 +92,15 @@ def make_inputs(folder: Path) -> Path:
     return folder
 
 
+def train_words(inputs: Path, out: Path, **settings: object) -> list[str]:
+    """The same training as ``request``'s, as words of the command."""
+    words = ["train", "--store", str(inputs / "store"), "--student", str(inputs / "student")]
+    words += ["--out", str(out)]
+    for key, value in {**SETTINGS, **settings}.items():
+        words += ["--set", f"{key}={value}"]
+    return words
+
+
 def request(inputs: Path, out: Path, **settings: object) -> TrainRequest:
     return TrainRequest(inputs / "store", inputs / "student", out, None, {**SETTINGS, **settings})
 
