@@ -108,10 +108,12 @@ class Measurement:
     def losses(self) -> dict[str, Any]:
         import torch
 
+        from distill.config import CHUNK_BESIDE_RECOMPUTED
         from distill.data import Feed
         from distill.student import attach_loss, compile_layers
         from logitcache import open_store
         from logitcache.causal_lm import load_causal_lm
+        from logitcache.packed_attention import use_varlen
         from logitcache_kernels import DistillSpec
 
         from .train_models import LARGE, cross_entropies, online_loss
@@ -119,6 +121,7 @@ class Measurement:
 
         spec = DistillSpec(temperature=2.0)
         model = load_causal_lm(self.folders[0], torch.float32, self.device).train()
+        use_varlen(model)  # in every column
         if self.options.compile:
             torch.compiler.reset()  # what the student before has left
             compile_layers(model)
@@ -143,11 +146,13 @@ class Measurement:
             torch.compiler.reset()  # it holds on to layers of the teachers
         recompute = getattr(model, "activation_checkpointing_enable", None)
         (recompute or model.gradient_checkpointing_enable)()
+        attach_loss(model, spec, CHUNK_BESIDE_RECOMPUTED)
         alone = {name: calls[name] for name in ("ours", "ce liger") if name in calls}
         found = self.timed(alone, model, optimizer)
         timings |= {f"{name} alone, recomputed": value for name, value in found.items()}
         timings |= beside(self.student, "recomputed")
         return {
+            "attention": model.config._attn_implementation,
             "parameters": sum(p.numel() for p in model.parameters()),
             "tokens_in_a_step": self.options.rows * self.options.seq_len,
             "entries_in_a_batch": [t["ids_RK"].shape[1] for t in inputs["teachers"]],
@@ -166,6 +171,7 @@ class Measurement:
         import torch
 
         from distill.student import compile_layers
+        from logitcache.packed_attention import known_bounds, use_varlen
 
         from .models import make_model
 
@@ -173,14 +179,20 @@ class Measurement:
             torch.cuda.empty_cache()
         try:
             teachers = [make_model(shape, torch.bfloat16, self.device, n) for n in (1, 2)]
-            for teacher in teachers if self.options.compile else ():
-                compile_layers(teacher)
+            for teacher in teachers:
+                use_varlen(teacher)
+                if self.options.compile:
+                    compile_layers(teacher)
+            at = {key: inputs[key] for key in ("input_ids", "position_ids")}
+
+            def logits(model: Any) -> Any:
+                with known_bounds(inputs["bounds"], len(inputs["input_ids"])):
+                    return model(**at, use_cache=False).logits.flatten(0, 1)
 
             def online() -> Any:
-                at = {key: inputs[key] for key in ("input_ids", "position_ids")}
                 with torch.no_grad():
-                    given = [t(**at, use_cache=False).logits.flatten(0, 1) for t in teachers]
-                logits_RV = model(**at, use_cache=False).logits.flatten(0, 1)
+                    given = [logits(teacher) for teacher in teachers]
+                logits_RV = logits(model)
                 return dense(logits_RV, *given, inputs["labels"].flatten(), spec)
 
             found = self.timed({"ours": ours, "online": online}, model, optimizer)

@@ -12,11 +12,11 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any
 
-import numpy as np
 import torch
 
 from logitcache.causal_lm import Head, hidden_states
 from logitcache.errors import UsageError
+from logitcache.packed_attention import segment_bounds
 from logitcache.reader import TeacherBatch
 from logitcache_kernels import (
     STRATEGY_NAMES,
@@ -46,7 +46,7 @@ def to_inputs(batch: TeacherBatch, temperature: float) -> dict[str, Any]:
         # Plain dicts: accelerate and DDP move them to the device, named tuples they cannot rebuild.
         "teachers": [t.sparse_teacher(temperature)._asdict() for t in batch.teachers],
         "num_tokens": int(batch.rows.lengths().sum()),
-        "packed": bool((np.diff(batch.positions, axis=1) != 1).any()),
+        "bounds": torch.from_numpy(segment_bounds(batch.positions)),
     }
 
 
@@ -108,7 +108,7 @@ def _distill_forward(
     num_items: torch.Tensor | float | None = None,
     evaluate: bool = False,
     num_tokens: int = 0,
-    packed: bool | None = None,
+    bounds: torch.Tensor | None = None,
     sources: torch.Tensor | None = None,
     num_sources: int = 0,
     taboo_ids: torch.Tensor | None = None,
@@ -134,7 +134,7 @@ def _distill_forward(
             input_ids=input_ids, position_ids=position_ids, use_cache=False
         ).logits.flatten(0, 1)
         return _from_logits(logits_RV, labels, evaluate, shared, by_source)
-    hidden_RD = hidden_states(model, input_ids, position_ids, packed=packed).flatten(0, 1)
+    hidden_RD = hidden_states(model, input_ids, position_ids, bounds).flatten(0, 1)
     return _from_head(model, hidden_RD, labels, evaluate, chunk, shared, by_source)
 
 

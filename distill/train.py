@@ -19,6 +19,7 @@ from logitcache.causal_lm import load_causal_lm, model_identity
 from logitcache.environment import describe_environment, gpu_memory_peak_bytes
 from logitcache.errors import Interrupted, StoreError
 from logitcache.files import clear_folder, lock, to_json, write_atomic
+from logitcache.packed_attention import use_varlen
 from logitcache.several import hosts
 from logitcache.tokenise import load_tokenizer
 
@@ -180,6 +181,8 @@ def make_trainer(request: TrainRequest, config: DistillConfig) -> DistillTrainer
     chosen = config.attn_implementation
     options = {} if chosen is None else {"attn_implementation": chosen}
     model = load_causal_lm(request.student, torch.float32, device, **options).train()
+    if chosen is None:
+        use_varlen(model)
     trainer = DistillTrainer(
         with_adapters(model, config),
         config,

@@ -7,21 +7,19 @@ logits, is checked on the model itself before anything is built on it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import masking_utils
 
 from logitcache_kernels import head_logits
 
 from .errors import StoreError, UsageError
 from .files import file_sha256
+from .packed_attention import known_bounds, segment_bounds
 
 
 @dataclass(frozen=True)
@@ -165,39 +163,19 @@ def hidden_states(
     model: Any,
     tokens_BL: torch.Tensor,
     positions_BL: torch.Tensor,
-    packed: bool | None = None,
+    bounds: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Last hidden states [B, L, D]; attention stays within segments, which positions tell apart.
 
-    packed: whether any row has several, where the caller knows. transformers would ask the
-    positions, and the host wait for the GPU, at every call.
+    bounds: the segments on the model's device, as ``segment_bounds`` gives them; else transformers
+    asks the positions, and the host waits for the GPU, at every call.
     """
-    with contextlib.nullcontext() if packed is None else _known_packing(packed):
+    with known_bounds(bounds, len(tokens_BL)):
         output = model.get_decoder()(
             input_ids=tokens_BL, position_ids=positions_BL, use_cache=False, **kwargs
         )
     return output.last_hidden_state
-
-
-@contextlib.contextmanager
-def _known_packing(packed: bool) -> Iterator[None]:
-    """Answer transformers' question without looking at the device. It has no argument for that, so
-    the function that asks is replaced; one that has gone by another name stays as it is."""
-    before = getattr(masking_utils, "find_packed_sequence_indices", None)
-    if before is None:
-        yield
-        return
-
-    def segments(position_ids: torch.Tensor) -> torch.Tensor | None:
-        first = position_ids[:, :1] - 1
-        return (position_ids.diff(prepend=first) != 1).cumsum(-1) if packed else None
-
-    masking_utils.find_packed_sequence_indices = segments
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = before
 
 
 def check_model(model: Any, folder: Path) -> None:
@@ -232,6 +210,7 @@ def fits_decoder_and_head(model: Any, folder: Path) -> bool:
     tokens = torch.randint(0, vocab_size, (2, 24), generator=generator).to(device)
     ends = (10, 17)
     positions = torch.stack([torch.cat((torch.arange(n), torch.arange(24 - n))) for n in ends])
+    bounds = torch.from_numpy(segment_bounds(positions.numpy())).to(device)
     positions = positions.to(device)
     apart = [
         [model(input_ids=part[None], use_cache=False).logits[0].float() for part in (t[:n], t[n:])]
@@ -243,7 +222,7 @@ def fits_decoder_and_head(model: Any, folder: Path) -> bool:
     low = low or _blurs_float32(device)
     tolerance = (0.1 if low else 1e-3) * float(apart[0][0].std().clamp_min(1e-3))
     try:
-        hidden = hidden_states(model, tokens, positions)
+        hidden = hidden_states(model, tokens, positions, bounds)
         packed = [Head.of(model).logits(row).float() for row in hidden]
         fits = bool((packed[0][: ends[0]] - apart[0][0]).abs().mean() <= tolerance)
     except (AttributeError, TypeError, RuntimeError):  # no such parts, or of other shapes

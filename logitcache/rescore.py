@@ -38,6 +38,7 @@ from .causal_lm import (
 from .differences import Rescored, Rescoring, by_id, kl, unlike
 from .errors import Interrupted, UsageError
 from .fetch import fetch
+from .packed_attention import segment_bounds, use_varlen
 from .packing import Rows
 from .padded import TeacherSupport, side_by_side
 from .reader import StoreReader
@@ -138,6 +139,7 @@ class _Run:
         self.device = choose_device("auto")
         dtype = choose_dtype(self.attributes.get("dtype", "auto"), self.device)
         self.model = load_causal_lm(folder, dtype, self.device)
+        use_varlen(self.model)
         check_model(self.model, folder)
         # The same weights: what differs is the arithmetic.
         self.exact = None if dtype == torch.float32 else copy.deepcopy(self.model).float()
@@ -199,8 +201,9 @@ class _Run:
         for batch in batches:
             length = int(lengths[batch].max())
             tokens = torch.from_numpy(rows.tokens[batch, :length].astype(np.int64))
-            where = torch.from_numpy(positions[batch, :length])
-            hidden_BLD = hidden_states(model, tokens.to(self.device), where.to(self.device))
+            where = positions[batch, :length]
+            arrays = tokens, torch.from_numpy(where), torch.from_numpy(segment_bounds(where))
+            hidden_BLD = hidden_states(model, *(array.to(self.device) for array in arrays))
             for number, row in enumerate(dict.fromkeys(batch)):
                 at = torch.from_numpy(np.flatnonzero(labels[row, :length] != -100))
                 hidden.append(hidden_BLD[number, at.to(self.device)])

@@ -32,6 +32,7 @@ from .causal_lm import (
 from .config import BuildConfig
 from .errors import NonFiniteError, StoreError, UsageError
 from .fetch import fetch
+from .packed_attention import segment_bounds, use_varlen
 from .packing import Rows
 from .several import loading_options, refuse_offloaded
 from .store import Store
@@ -131,6 +132,8 @@ class TeacherRun:
         dtype = choose_dtype(config.dtype, self.device)
         several = loading_options(config)
         self.model = load_causal_lm(folder, dtype, self.device, **several)
+        if not several:
+            use_varlen(self.model)
         refuse_offloaded(self.model, folder)
         self.head = Head.of(self.model)
         self._first_device = self.model.get_input_embeddings().weight.device
@@ -222,7 +225,7 @@ class TeacherRun:
                 self._first_device
             ),
             self._on_device(positions).to(self._first_device),
-            packed=bool((np.diff(positions, axis=1) != 1).any()),
+            self._on_device(segment_bounds(positions)).to(self._first_device),
         ).to(self.device)
         labels = self.labels[batch][:, :length]
         at_row, at_token = np.nonzero(labels != -100)

@@ -117,6 +117,21 @@ def test_settings_that_do_not_go_together_are_refused(
     assert message in said["error"]
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("settings", "chunk"),
+    [
+        ({}, None),
+        ({"gradient_checkpointing": True}, 1024),
+        ({"gradient_checkpointing": True, "loss_chunk": 7}, 7),
+    ],
+)
+def test_a_chunk_of_logits_is_small_where_activations_are_recomputed(
+    inputs: Path, tmp_path: Path, settings: dict, chunk: int | None
+) -> None:
+    assert request(inputs, tmp_path / "out", **settings).config().loss_chunk == chunk
+
+
 def test_fsdp_of_another_version_from_the_environment_is_refused(
     inputs: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,146 @@
+"""Attention segment by segment: what transformers hands to it, with the kernel that only a GPU has
+replaced by its definition."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_families import FAMILIES, L, make
+
+from logitcache import packed_attention
+from logitcache.causal_lm import hidden_states
+from logitcache.packed_attention import VARLEN, known_bounds, segment_bounds, use_varlen
+
+ENDS = (10, 17)
+POSITIONS = np.stack([np.concatenate((np.arange(n), np.arange(L - n))) for n in ENDS])
+BOUNDS = torch.from_numpy(segment_bounds(POSITIONS))
+TOKENS = torch.randint(0, 61, (2, L), generator=torch.Generator().manual_seed(3))
+# Its softcap of attention scores has no SDPA.
+WITH_SDPA = [name for name in FAMILIES if "Gemma2" not in name]
+
+
+def definition(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Of torch's varlen_attn, which CALLS counts: [T, H, D] from [T, H, D] and twice [T, G, D]."""
+    CALLS.append(window_size)
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert max_q == max_k >= int(cu_seq_q.diff().max())
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    out = []
+    for start, stop in itertools.pairwise(cu_seq_q.tolist()):
+        scores = scale * torch.einsum("qhd,khd->hqk", query[start:stop], key[start:stop])
+        back = torch.arange(len(scores[0]))[:, None] - torch.arange(len(scores[0]))
+        seen = (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, value[start:stop]))
+    return torch.cat(out)
+
+
+CALLS: list[tuple[int, int]] = []
+
+
+@pytest.fixture(autouse=True)
+def _kernel_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    CALLS.clear()
+    monkeypatch.setattr(packed_attention, "varlen_attn", definition)
+    monkeypatch.setattr(packed_attention, "_ASKS_FOR_GQA", True)
+    monkeypatch.setattr(packed_attention, "_dtype_of_products", lambda bounds, dtype: dtype)
+
+
+def hidden_and_gradients(
+    model: Any, bounds: torch.Tensor | None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    hidden = hidden_states(model, TOKENS, torch.from_numpy(POSITIONS), bounds)
+    weights = [p for p in model.get_decoder().parameters() if p.requires_grad]
+    return hidden, list(torch.autograd.grad(hidden.square().mean(), weights, allow_unused=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", WITH_SDPA)
+def test_it_is_sdpa_with_a_mask(name: str, recompute: bool) -> None:
+    """recompute: in the backward pass no context knows the bounds any more."""
+    model = make(name)
+    if "Gemma3" in name:
+        for module in model.modules():  # narrower than a segment
+            if getattr(module, "sliding_window", None):
+                module.sliding_window = 4
+        model.config.sliding_window = 4
+    assert model.config._attn_implementation == "sdpa"
+    expected, theirs = hidden_and_gradients(model, None)
+    assert not CALLS
+    model.set_attn_implementation(VARLEN)
+    if recompute:
+        recompute_all = getattr(model, "activation_checkpointing_enable", None)
+        (recompute_all or model.gradient_checkpointing_enable)()
+    found, ours = hidden_and_gradients(model, BOUNDS)
+    assert len(CALLS) == 2 * (1 + recompute)
+    assert set(CALLS) == {(3 if "Gemma3" in name else -1, 0)}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-3, atol=1e-5)
+
+
+def test_without_bounds_or_with_one_segment_a_row_it_is_sdpa_itself() -> None:
+    model = make("Llama")
+    model.set_attn_implementation(VARLEN)
+    hidden_and_gradients(model, None)
+    whole = segment_bounds(np.tile(np.arange(L), (2, 1)))
+    hidden_states(model, TOKENS, torch.arange(L).expand(2, L), torch.from_numpy(whole))
+    model.generate(TOKENS, max_new_tokens=2, do_sample=False)
+    assert not CALLS
+
+
+@pytest.mark.parametrize("asked", [{"dropout": 0.1}, {"softcap": 50.0}, {"s_aux": torch.ones(4)}])
+def test_what_it_has_not_is_refused(asked: dict[str, Any]) -> None:
+    query = torch.zeros(2, 4, L, 8)
+    with pytest.raises(ValueError, match="has no "):
+        packed_attention._attend(torch.nn.Module(), query, query, query, BOUNDS, **asked)
+
+
+def test_a_model_on_a_cpu_stays_as_it_is() -> None:
+    model = make("Llama")
+    assert not use_varlen(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("positions", "bounds"),
+    [
+        ([[0, 1, 2], [0, 1, 2]], [0, 3, 6]),
+        ([[0, 1, 0], [0, 0, 0]], [0, 2, 3, 4, 5, 6]),
+        ([[5, 6, 0], [7, 8, 9]], [0, 2, 3, 6]),  # the rest of a document begins a row
+        ([[0], [0]], [0, 1, 2]),
+    ],
+)
+def test_segments_begin_where_positions_do_not_go_on(
+    positions: list[list[int]], bounds: list[int]
+) -> None:
+    found = segment_bounds(np.array(positions, dtype=np.int64))
+    assert found.dtype == np.int32
+    assert found.tolist() == bounds
+
+
+def test_bounds_are_known_inside_their_context_alone() -> None:
+    before = packed_attention.masking_utils.find_packed_sequence_indices
+    with known_bounds(BOUNDS, 2):
+        assert packed_attention._BOUNDS.get() is BOUNDS
+    assert packed_attention._BOUNDS.get() is None
+    assert packed_attention.masking_utils.find_packed_sequence_indices is before
