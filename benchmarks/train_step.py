@@ -11,6 +11,7 @@ torch_compile=true does it. --smoke: tiny shapes, on a CPU too.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -206,6 +207,8 @@ class Measurement:
         """Milliseconds of a step and peak bytes of each, blocks in turn."""
         import torch
 
+        gc.collect()  # compiled layers of teachers that are gone refer to one another
+
         def block(call: Callable[[], Any], steps: int) -> float:
             self.wait()
             started = time.perf_counter()
@@ -250,7 +253,7 @@ class Measurement:
         found: dict[str, list[float]] = {"trainer": [], "bare": []}
         waited = 0.0
         self._trainer(2)  # memory and files for the first time
-        for _ in range(max(self.options.blocks // 2, 1)):
+        for _ in range(min(self.options.blocks, 3)):
             seconds, waited, processes = self._trainer(steps)
             found["trainer"].append(seconds)
             if with_bare_loop:
