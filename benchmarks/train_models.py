@@ -15,6 +15,8 @@ from logitcache.causal_lm import Head, hidden_states
 
 from .models import make_model, save_model, write_text
 
+# In a batch. Steps of 8 rows are so short for 135M that the host cannot launch them in time.
+ROWS = {"135M": 32, "0.5B": 8, "1.5B": 8, "smoke": 2}
 # About three times the student's weights.
 LARGE = {"135M": "0.4B teacher", "0.5B": "1.5B", "1.5B": "4.6B teacher", "smoke": "smoke teacher"}
 

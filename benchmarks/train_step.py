@@ -3,9 +3,9 @@
 The same student, data, batch and optimizer (fp32 weights, bf16 autocast, clipping, fused AdamW)
 with our loss from a store, with cross entropy alone by whoever is fastest there, and with two
 teachers in memory: times in turn, a block of steps each, and peak memory. Then what DistillTrainer
-adds to a bare loop of the same operations, and how long it waits for data. Under torchrun: tokens/s
-of DistillTrainer on all processes. --compile: the layers of all models compiled, as
-torch_compile=true does it. --smoke: tiny shapes, on a CPU too.
+adds to a bare loop of the same operations, and how long it waits for data (--trainer: that alone).
+Under torchrun: tokens/s of DistillTrainer on all processes. --compile: the layers of all models
+compiled, as torch_compile=true does it. --smoke: tiny shapes, on a CPU too.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
     parser.add_argument("--students", nargs="+", default=["0.5B", "135M", "1.5B"])
     parser.add_argument("--smollm", type=Path, help="folder of SmolLM2-135M, for 135M")
-    parser.add_argument("--rows", type=int, default=8, help="rows in a batch")
+    parser.add_argument("--rows", type=int, help="in a batch; default: 8, of 135M 32")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--blocks", type=int, default=7, help="timed blocks of each")
     parser.add_argument("--steps", type=int, default=4, help="steps in a block")
     parser.add_argument("--work", type=Path, default=Path("build") / "benchmark-train")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--compile", action="store_true", help="compiled layers")
+    parser.add_argument("--trainer", action="store_true", help="DistillTrainer's rows alone")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, any device")
     options = parser.parse_args(argv)
     import torch
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         print("no CUDA GPU here: this benchmark needs one (--smoke to try it)", file=sys.stderr)
         return 6
     if options.smoke:
-        options.students, options.rows, options.seq_len = ["smoke"], 2, 32
+        options.students, options.seq_len = ["smoke"], 32
         options.blocks, options.steps = 1, 1
     from .common import machine
     from .train_table import table
@@ -74,9 +75,10 @@ class Measurement:
     def __init__(self, options: argparse.Namespace, student: str):
         import torch
 
-        from .train_models import make_folders, make_store
+        from .train_models import ROWS, make_folders, make_store
 
         self.options, self.student = options, student
+        self.rows = options.rows or ROWS[student]
         local = int(os.environ.get("LOCAL_RANK", "0"))
         self.on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", local) if self.on_gpu else torch.device("cpu")
@@ -90,7 +92,7 @@ class Measurement:
             folders = make_folders(work, student, source, self.device)
             # An epoch is longer than a run: at its end a feed starts anew, and is waited for.
             processes = int(os.environ.get("WORLD_SIZE", "1"))
-            tokens = options.rows * options.seq_len * (options.steps + 1) * 8 * processes
+            tokens = self.rows * options.seq_len * (options.steps + 1) * 8 * processes
             make_store(work, folders, tokens, options.seq_len, self.device)
             made.touch()
         while not made.exists():  # the first process of this host makes them
@@ -100,7 +102,7 @@ class Measurement:
     def run(self) -> dict[str, Any]:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             return self.with_trainer(with_bare_loop=False)
-        found = self.losses()
+        found = {"ratios": {}} if self.options.trainer else self.losses()
         found["ratios"] |= (trainer := self.with_trainer())["ratios"]
         return {**found, "trainer": {k: v for k, v in trainer.items() if k != "ratios"}}
 
@@ -128,7 +130,7 @@ class Measurement:
             compile_layers(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         feed = Feed(open_store(self.store), spec.temperature, self.device, 0)
-        inputs = next(feed.inputs([list(range(self.options.rows))]))
+        inputs = next(feed.inputs([list(range(self.rows))]))
         inputs.pop("rows")
         num_items = torch.full((), float(inputs.pop("num_valid")), device=self.device)
         attach_loss(model, spec)
@@ -155,7 +157,6 @@ class Measurement:
         return {
             "attention": model.config._attn_implementation,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens_in_a_step": self.options.rows * self.options.seq_len,
             "entries_in_a_batch": [t["ids_RK"].shape[1] for t in inputs["teachers"]],
             "timings": timings,
             "ratios": ratios(timings),
@@ -260,9 +261,10 @@ class Measurement:
                 found["bare"].append(self._bare(steps))
         seconds = statistics.median(found["trainer"])
         document: dict[str, Any] = {
+            "tokens_in_a_step": self.rows * self.options.seq_len * processes,
             "seconds": found,
             "processes": processes,
-            "tokens_per_second": self.options.rows * self.options.seq_len * processes / seconds,
+            "tokens_per_second": self.rows * self.options.seq_len * processes / seconds,
             "ratios": {"share of the step waiting for data": waited},
         }
         if with_bare_loop:
@@ -281,7 +283,7 @@ class Measurement:
         from distill.train import TrainRequest, make_trainer
 
         settings = {
-            "per_device_train_batch_size": self.options.rows,
+            "per_device_train_batch_size": self.rows,
             "max_steps": steps,
             "num_train_epochs": 1000,
             "save_strategy": "no",

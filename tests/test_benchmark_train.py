@@ -39,6 +39,16 @@ def test_tiny_shapes_give_every_figure(tmp_path: Path, capsys: pytest.CaptureFix
     assert "| online, teachers of its size, over ours | >= 1.5 | >= 2 |" in table(document)
 
 
+def test_the_trainer_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "figures.json"
+    command = ["--smoke", "--trainer", "--work", str(tmp_path / "work"), "--json", str(path)]
+    assert main(command) == 0
+    figures = json.loads(path.read_text(encoding="utf-8"))["students"]["smoke"]
+    assert figures["trainer"]["tokens_per_second"] > 0
+    assert figures["trainer"]["tokens_in_a_step"] == 2 * 32
+    assert "| step over CE by Liger | <= 0.85 | <= 0.72 | not measured |" in capsys.readouterr().out
+
+
 def test_ratios_are_taken_of_the_fastest_and_of_what_was_timed_beside() -> None:
     def timing(median: float, peak: float = 0.0) -> dict[str, float]:
         return {"median": median, "p20": median, "p80": median, "peak": peak}

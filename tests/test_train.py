@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -147,7 +148,7 @@ def test_student_is_a_transformers_folder_with_averaged_and_raw_weights(
     assert AutoTokenizer.from_pretrained(out)("the king").input_ids
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert record["identity"]["settings"]["temperature"] == 1.5
-    assert record["environment"]["versions"]["torch"] == torch.__version__
+    assert record["environment"]["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_loss_in_forward_equals_the_loss_on_full_logits(work: Path) -> None:

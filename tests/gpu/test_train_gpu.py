@@ -91,6 +91,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(inputs: Path, tmp_path: Path) ->
     assert same_run(tmp_path / "whole", tmp_path / "out") == []
 
 
+@pytest.mark.filterwarnings("default")  # of torch.compile, which is not ours to mend
 def test_a_compiled_student_has_the_losses_of_a_plain_one(inputs: Path, tmp_path: Path) -> None:
     """Near them: its dropout draws other numbers, and products are in TF32."""
     try:
