@@ -28,10 +28,10 @@ def table(document: dict[str, Any]) -> str:
         cells = "".join(" not measured |" if v is None else f" {v:.3f} |" for v in values)
         lines.append(f"| {what} | {sign} {must:g} | {sign} {aim:g} |{cells}")
     for name, part in document["students"].items():
-        if "tokens_per_second" in part:
-            rate = part["tokens_per_second"]
-            lines.append(f"{name}: {rate:,.0f} tokens/s on {part['processes']} processes")
-        exact = part.get("trainer", {}).get("deterministic_over_default")
+        trainer = part.get("trainer", part)  # under torchrun there is nothing else
+        rate = trainer["tokens_per_second"]
+        lines.append(f"{name}: {rate:,.0f} tokens/s, processes: {trainer['processes']}")
+        exact = trainer.get("deterministic_over_default")
         if exact is not None:
             lines.append(f"{name}: a step with deterministic algorithms takes {exact:.3f} times")
     return "\n".join(lines)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import attention
 from benchmarks.train_models import online_loss
 from benchmarks.train_step import main
 from benchmarks.train_table import TARGETS, ratios, table
+from logitcache.packed_attention import segment_bounds
 from logitcache_kernels import DistillSpec, SparseTeacher, distill_loss
 
 
@@ -47,6 +49,14 @@ def test_the_trainer_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert figures["trainer"]["tokens_per_second"] > 0
     assert figures["trainer"]["tokens_in_a_step"] == 2 * 32
     assert "| step over CE by Liger | <= 0.85 | <= 0.72 | not measured |" in capsys.readouterr().out
+
+
+def test_attention_is_measured_on_packed_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    positions = attention.packed_positions(3, 500, mean=40)
+    documents = len(segment_bounds(positions)) - 1
+    assert 25 < positions.size / documents < 55
+    assert attention.main(["--smoke"]) == 0
+    assert "| smoke | " in capsys.readouterr().out
 
 
 def test_ratios_are_taken_of_the_fastest_and_of_what_was_timed_beside() -> None:

@@ -1,0 +1,130 @@
+"""Attention in packed rows: ``python -m benchmarks.attention --json FILE [--students 0.5B 135M]``.
+
+A decoder and its gradients (float32 weights, bf16 autocast) with SDPA and a mask, with flash
+attention segment by segment (logitcache.packed_attention), and with transformers' FlexAttention;
+times in turn, and peak memory. Documents' lengths are log-normal. --smoke: tiny, SDPA alone, on a
+CPU too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distill.student import compile_layers
+from logitcache.causal_lm import hidden_states
+from logitcache.packed_attention import VARLEN, segment_bounds
+
+from .common import machine
+from .models import make_model
+
+WAYS = {"SDPA with a mask": "sdpa", "by segments": VARLEN, "FlexAttention": "flex_attention"}
+
+
+def packed_positions(rows: int, length: int, mean: int, seed: int = 0) -> np.ndarray:
+    """Position ids of rows of documents, the last of each cut off: int64 [rows, length]."""
+    random, spread = np.random.default_rng(seed), 0.6
+    found = np.empty((rows, length), dtype=np.int64)
+    for row in found:
+        at = 0
+        while at < length:
+            drawn = random.lognormal(np.log(mean) - spread**2 / 2, spread)
+            size = min(max(int(drawn), 1), length - at)
+            row[at : at + size] = np.arange(size)
+            at += size
+    return found
+
+
+def measure(
+    student: str, compiled: bool, options: argparse.Namespace, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of decoder and gradients, GiB at the peak, by way."""
+    torch.compiler.reset()
+    model = make_model(student, torch.float32, device).train()
+    if compiled:
+        compile_layers(model)
+    positions = packed_positions(options.rows, options.seq_len, options.mean)
+    bounds = torch.from_numpy(segment_bounds(positions)).to(device)
+    where = torch.from_numpy(positions).to(device)
+    tokens = torch.randint(0, model.config.vocab_size, positions.shape, device=device)
+    on_gpu = device.type == "cuda"
+
+    def block(way: str, steps: int) -> float:
+        model.set_attn_implementation(WAYS[way])
+        if on_gpu:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(steps):
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden = hidden_states(model, tokens, where, bounds)
+            hidden.float().square().mean().backward()
+            model.zero_grad()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / steps * 1e3
+
+    ways = list(WAYS) if on_gpu else list(WAYS)[:1]
+    found: dict[str, dict[str, float]] = {}
+    for way in ways:
+        block(way, 2)  # compilations
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            block(way, 1)
+        found[way] = {"peak": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0}
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(options.blocks):
+        for way in ways:
+            times[way].append(block(way, options.steps))
+    return {way: {"ms": statistics.median(times[way]), **found[way]} for way in ways}
+
+
+def table(document: dict[str, Any]) -> str:
+    """Markdown, from the figures alone."""
+    lines = ["| ms, GiB |" + "".join(f" {way} |" for way in WAYS), "|---" * (1 + len(WAYS)) + "|"]
+    for name, ways in document["students"].items():
+        cells = [ways.get(way) for way in WAYS]
+        shown = ("" if c is None else f"{c['ms']:.1f}, {c['peak']:.1f}" for c in cells)
+        lines.append(f"| {name} |" + "".join(f" {cell} |" for cell in shown))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, and give the exit code: 6 where a GPU is missing."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
+    parser.add_argument("--students", nargs="+", default=["0.5B", "135M"])
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--mean", type=int, default=400, help="tokens of a document")
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6, help="in a block")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, any device")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available() and not options.smoke:
+        print("no CUDA GPU here: this benchmark needs one (--smoke to try it)", file=sys.stderr)
+        return 6
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.smoke:
+        options.students, options.seq_len, options.blocks, options.steps = ["smoke"], 32, 1, 1
+    document: dict[str, Any] = {"machine": machine(), "students": {}}
+    document["options"] = {k: v for k, v in vars(options).items() if k != "json"}
+    for student in options.students:
+        for compiled in (False,) if options.smoke else (False, True):
+            name = f"{student}, layers compiled" if compiled else student
+            document["students"][name] = measure(student, compiled, options, device)
+    if options.json is not None:
+        options.json.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    print(table(document))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
