@@ -35,8 +35,7 @@ _BOUNDS: ContextVar[torch.Tensor | None] = ContextVar("bounds", default=None)
 def segment_bounds(positions_BL: np.ndarray) -> np.ndarray:
     """Where segments begin in the flattened batch, and its end: int32 [S + 1]. A segment begins
     with each row and wherever a position id does not follow the one before it."""
-    begins_BL = np.diff(positions_BL, axis=1, prepend=-2) != 1
-    begins_BL[:, :1] = True
+    begins_BL = np.diff(positions_BL, axis=1, prepend=-2) != 1  # no position follows -2
     return np.append(np.flatnonzero(begins_BL), positions_BL.size).astype(np.int32)
 
 
