@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -55,6 +56,7 @@ def definition(
 
 
 CALLS: list[tuple[int, int]] = []
+dtype_of_products = packed_attention._dtype_of_products
 
 
 @pytest.fixture(autouse=True)
@@ -115,9 +117,38 @@ def test_what_it_has_not_is_refused(asked: dict[str, Any]) -> None:
         packed_attention._attend(torch.nn.Module(), query, query, query, BOUNDS, **asked)
 
 
-def test_a_model_on_a_cpu_stays_as_it_is() -> None:
+def test_a_model_attends_so_where_a_small_batch_comes_out_the_same() -> None:
+    model = make("Gemma3")
+    assert use_varlen(model)
+    assert model.config._attn_implementation == VARLEN
+    assert len(CALLS) == 2
+    assert not use_varlen(make("Gemma2 softcap"))
+
+
+@pytest.mark.parametrize("outcome", [IndexError("of a model's own"), torch.zeros(48, 4, 8)])
+def test_a_model_that_makes_something_else_of_it_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, outcome: Exception | torch.Tensor
+) -> None:
+    kernel = Mock(side_effect=[outcome, outcome])
+    monkeypatch.setattr(packed_attention, "varlen_attn", kernel)
     model = make("Llama")
     assert not use_varlen(model)
+    assert kernel.called
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_without_a_decoder_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("Llama")
+    monkeypatch.setattr(model, "get_decoder", lambda: model)  # gives logits, as some families do
+    assert not use_varlen(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_on_a_cpu_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_attention, "_dtype_of_products", dtype_of_products)
+    model = make("Llama")
+    assert not use_varlen(model)
+    assert not CALLS
     assert model.config._attn_implementation == "sdpa"
 
 
