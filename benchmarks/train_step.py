@@ -111,9 +111,8 @@ class Measurement:
     def losses(self) -> dict[str, Any]:
         import torch
 
-        from distill.config import CHUNK_BESIDE_RECOMPUTED
         from distill.data import Feed
-        from distill.student import attach_loss, compile_layers
+        from distill.student import CHUNK_BESIDE_RECOMPUTED, attach_loss, compile_layers
         from logitcache import open_store
         from logitcache.causal_lm import load_causal_lm
         from logitcache.packed_attention import use_varlen
@@ -149,7 +148,7 @@ class Measurement:
             torch.compiler.reset()  # it holds on to layers of the teachers
         recompute = getattr(model, "activation_checkpointing_enable", None)
         (recompute or model.gradient_checkpointing_enable)()
-        attach_loss(model, spec, CHUNK_BESIDE_RECOMPUTED)
+        attach_loss(model, spec, max_chunk=CHUNK_BESIDE_RECOMPUTED)
         alone = {name: calls[name] for name in ("ours", "ce liger") if name in calls}
         found = self.timed(alone, model, optimizer)
         timings |= {f"{name} alone, recomputed": value for name, value in found.items()}

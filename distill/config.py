@@ -19,10 +19,6 @@ from logitcache_kernels import DistillSpec
 
 SPEC_FIELDS = tuple(f.name for f in dataclasses.fields(DistillSpec))
 
-# Positions in a chunk of logits where activations are recomputed. A chunk of the size that is
-# fastest, 1.2 GiB, would be a tenth of all that is in memory there; this one costs 1 % of a step.
-CHUNK_BESIDE_RECOMPUTED = 1024
-
 
 @dataclass
 class DistillConfig(TrainingArguments):
@@ -71,8 +67,8 @@ class DistillConfig(TrainingArguments):
     loss_chunk: int | None = field(
         default=None,
         metadata={
-            "help": "positions whose logits exist at once; None: 1024 with gradient_checkpointing, "
-            "else as many as are fastest"
+            "help": "positions whose logits exist at once; None: as many as are fastest, with "
+            "gradient_checkpointing 1024 at most"
         },
     )
 
@@ -156,8 +152,6 @@ class DistillConfig(TrainingArguments):
             raise ValueError(f"ema_decay: expected a number in [0, 1), found {self.ema_decay}")
         self.spec()  # refuses what it does not know
         super().__post_init__()
-        if self.loss_chunk is None and self.gradient_checkpointing:
-            self.loss_chunk = CHUNK_BESIDE_RECOMPUTED
         if self.fsdp and int(self.fsdp_config.get("version", 2)) != 2:  # type: ignore[union-attr]
             raise ValueError(f"fsdp_config: version: expected 2, found {self.fsdp_config}")
 

@@ -16,7 +16,7 @@ import torch
 
 from logitcache.causal_lm import Head, hidden_states
 from logitcache.errors import UsageError
-from logitcache.packed_attention import segment_bounds
+from logitcache.packed_attention import known_bounds, segment_bounds
 from logitcache.reader import TeacherBatch
 from logitcache_kernels import (
     STRATEGY_NAMES,
@@ -30,10 +30,15 @@ from logitcache_kernels import (
 
 from .source_loss import source_sums
 
+_Chunks = tuple[int | None, int | None]  # positions in a chunk of logits, and the most of them
 _BySource = tuple[torch.Tensor | None, int]  # the source of each position, and how many there are
 
 # What forward() sums over a batch, in this order; see batch_sums.
 SUM_NAMES = ("valid", *STRATEGY_NAMES, "js", "ce", "kd", "ce_valid", "kl", "kl_positions")
+
+# The most positions in a chunk of logits where activations are recomputed. 4096, which are fastest,
+# would be a tenth of all that is in memory there (1.2 GiB); these cost 1 % of a step.
+CHUNK_BESIDE_RECOMPUTED = 1024
 
 
 def to_inputs(batch: TeacherBatch, temperature: float) -> dict[str, Any]:
@@ -70,7 +75,11 @@ def compile_layers(model: Any, backend: Any = "inductor", mode: str | None = Non
 
 
 def attach_loss(
-    model: Any, spec: DistillSpec, chunk: int | None = None, dense: bool = False
+    model: Any,
+    spec: DistillSpec,
+    chunk: int | None = None,
+    dense: bool = False,
+    max_chunk: int | None = None,
 ) -> None:
     """Make model(..., teachers=..., labels=..., num_items=...) compute the loss; other calls stay
     as they are.
@@ -80,7 +89,7 @@ def attach_loss(
     term}; with evaluate=True it also fills the sums of plain cross entropy and KL, without
     gradients. Given sources, the sums end with those of ``source_sums``: of the parts CE and KD of
     the loss, or of plain cross entropy with evaluate=True. dense: from the model's own logits, all
-    at once; check_model says for which models.
+    at once; check_model says for which models. chunk, max_chunk: of linear_distill_loss.
     """
     plain_forward = model.forward
 
@@ -88,7 +97,7 @@ def attach_loss(
         if teachers is None:
             return plain_forward(*args, **kwargs)
         return _distill_forward(
-            self, spec, chunk, teachers, plain_forward if dense else None, **kwargs
+            self, spec, (chunk, max_chunk), teachers, plain_forward if dense else None, **kwargs
         )
 
     model.forward = MethodType(forward, model)
@@ -97,7 +106,7 @@ def attach_loss(
 def _distill_forward(
     model: Any,
     spec: DistillSpec,
-    chunk: int | None,
+    chunks: _Chunks,
     teachers: Any,
     plain_forward: Any,
     *,
@@ -130,12 +139,12 @@ def _distill_forward(
     }
     by_source = (None if sources is None else sources.flatten(), num_sources)
     if plain_forward is not None:
-        logits_RV = plain_forward(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False
-        ).logits.flatten(0, 1)
+        with known_bounds(bounds, len(input_ids)):
+            output = plain_forward(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        logits_RV = output.logits.flatten(0, 1)
         return _from_logits(logits_RV, labels, evaluate, shared, by_source)
     hidden_RD = hidden_states(model, input_ids, position_ids, bounds).flatten(0, 1)
-    return _from_head(model, hidden_RD, labels, evaluate, chunk, shared, by_source)
+    return _from_head(model, hidden_RD, labels, evaluate, chunks, shared, by_source)
 
 
 # Compilers see the decoder: they have nothing to add to kernels, and would trace into them.
@@ -162,7 +171,7 @@ def _from_head(
     hidden_RD: torch.Tensor,
     labels_BL: torch.Tensor,
     evaluate: bool,
-    chunk: int | None,
+    chunks: _Chunks,
     shared: dict[str, Any],
     by_source: _BySource,
 ) -> dict[str, torch.Tensor]:
@@ -177,7 +186,8 @@ def _from_head(
             bias_V=head.bias_V,
             softcap=head.softcap,
             scale=head.scale,
-            chunk=chunk,
+            chunk=chunks[0],
+            max_chunk=chunks[1],
             logits_dtype=_linear_dtype(hidden_RD),
             **shared,
         )

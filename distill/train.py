@@ -17,9 +17,9 @@ from transformers import AutoConfig, PrinterCallback, ProgressCallback, TrainerC
 from logitcache import open_store
 from logitcache.causal_lm import load_causal_lm, model_identity
 from logitcache.environment import describe_environment, gpu_memory_peak_bytes
-from logitcache.errors import Interrupted, StoreError
+from logitcache.errors import Interrupted, StoreError, UsageError
 from logitcache.files import clear_folder, lock, to_json, write_atomic
-from logitcache.packed_attention import use_varlen
+from logitcache.packed_attention import VARLEN, use_varlen
 from logitcache.several import hosts
 from logitcache.tokenise import load_tokenizer
 
@@ -179,10 +179,14 @@ def make_trainer(request: TrainRequest, config: DistillConfig) -> DistillTrainer
     """Load the student in float32 and put it together with store and settings."""
     device = torch.device("cpu") if config.use_cpu else config.device
     chosen = config.attn_implementation
-    options = {} if chosen is None else {"attn_implementation": chosen}
+    options = {} if chosen in (None, VARLEN) else {"attn_implementation": chosen}
     model = load_causal_lm(request.student, torch.float32, device, **options).train()
-    if chosen is None:
-        use_varlen(model)
+    if not options and not use_varlen(model) and chosen == VARLEN:
+        raise UsageError(
+            f"attn_implementation: {VARLEN} gives this student on {device.type} something else "
+            f"than its {model.config._attn_implementation}, or nothing",
+            "leave it out",
+        )
     trainer = DistillTrainer(
         with_adapters(model, config),
         config,
@@ -219,6 +223,7 @@ class _Run:
             "identity": identity,
             "settings": _resolved(trainer.args),
             "environment": describe_environment(),
+            "attention": trainer.attention,
             "before": None,
         }
 
@@ -266,6 +271,9 @@ class _Run:
         checkpoint = find_checkpoint(self.out / CHECKPOINTS, self.note, strict)
         if checkpoint is not None and previous is not None:
             self.note(f"{self.out}: going on from {checkpoint.name}")
+            before, now = previous.get("attention"), self.record["attention"]
+            if before not in (None, now):
+                self.note(f"{self.out}: attention was {before}, is {now}: last bits may differ")
             self.record["before"] = previous.get("before")
         write_atomic(self.out / RUN_FILE, to_json(self.record))
         step = -1 if checkpoint is None else step_of(checkpoint)

@@ -34,7 +34,14 @@ from .identity import plain, settings_identity, store_identity
 from .processes import agreed, set_up
 from .source_loss import reported_sources, source_inputs, source_metrics
 from .state import SavedState, checkpoint_files
-from .student import SUM_NAMES, as_metrics, attach_loss, compile_layers, zero_sums
+from .student import (
+    CHUNK_BESIDE_RECOMPUTED,
+    SUM_NAMES,
+    as_metrics,
+    attach_loss,
+    compile_layers,
+    zero_sums,
+)
 from .taboo import configured_taboo
 
 
@@ -96,9 +103,15 @@ class DistillTrainer(Trainer):
         self.sources = reported_sources(self.reader)
         self.taboo = configured_taboo(args, processing_class)
         self._core = core
+        self.attention = str(core.config._attn_implementation)
         self._plain_forward = core.forward
         self._num_weights = int(core.num_parameters(exclude_embeddings=True))
-        attach_loss(core, self.spec, args.loss_chunk, self._dense)
+        self._loss_options: dict[str, Any] = {
+            "chunk": args.loss_chunk,
+            "max_chunk": CHUNK_BESIDE_RECOMPUTED if args.gradient_checkpointing else None,
+            "dense": self._dense,
+        }
+        attach_loss(core, self.spec, **self._loss_options)
         if args.fsdp and args.world_size == 1:
             raise UsageError("fsdp: shards need several processes", "start them with torchrun")
         super().__init__(
@@ -283,7 +296,7 @@ class DistillTrainer(Trainer):
         was_training, with_loss = self._core.training, self._core.forward
         self.model.eval()
         self._core.forward = self._plain_forward
-        attach_loss(self._core, evaluation_spec(self.spec), self.args.loss_chunk, self._dense)
+        attach_loss(self._core, evaluation_spec(self.spec), **self._loss_options)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = share_of(
             len(self.eval_reader) - self._eval_start,

@@ -29,6 +29,7 @@ VARLEN = "varlen"
 _ASKS_FOR_GQA = varlen_attn is not None and (
     "enable_gqa" in inspect.signature(varlen_attn).parameters
 )
+_POSITIONS = ("position_ids", "cache_position")  # tensors that layers hand on, of no use here
 _BOUNDS: ContextVar[torch.Tensor | None] = ContextVar("bounds", default=None)
 
 
@@ -70,17 +71,20 @@ def use_varlen(model: Any) -> bool:
     """Let a model attend by ``VARLEN`` where it can; whether it does.
 
     It stays as it is if it is not on a GPU, if its attention is not SDPA, as transformers chooses
-    it, or if on a small packed batch the outcome is another: some models want of their attention
-    what this one has not (dropout, softcaps, sinks), or do something of their own with masks.
+    it, or if a small packed batch comes out otherwise or, for a model in training, without a
+    gradient: some want of their attention what this one has not (dropout, softcaps, choices of
+    their own).
     """
     device = next(model.parameters()).device
     positions = np.concatenate([np.arange(n) for n in (10, 14, 17, 7)]).reshape(2, 24)
     bounds = torch.from_numpy(segment_bounds(positions)).to(device)
+    config, was_training = model.config, model.training
     if (
         varlen_attn is None
         or _dtype_of_products(bounds, torch.bfloat16) is None
-        or model.config._attn_implementation != "sdpa"
+        or config._attn_implementation != "sdpa"
         or not getattr(model, "_supports_attention_backend", False)
+        or getattr(config.get_text_config(), "attention_chunk_size", None)
     ):
         return False
 
@@ -90,16 +94,24 @@ def use_varlen(model: Any) -> bool:
             0, vocab_size, (2, 24), generator=torch.Generator().manual_seed(0)
         ).to(device)
         batch = {"input_ids": tokens, "position_ids": torch.from_numpy(positions).to(device)}
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), known_bounds(bounds, 2):
+        with torch.autocast(device.type, torch.bfloat16), known_bounds(bounds, 2):
             output = model.get_decoder()(**batch, use_cache=False)
         return output.last_hidden_state.float()
 
-    try:
-        expected = hidden()
-        model.set_attn_implementation(VARLEN)
-        same = bool((hidden() - expected).abs().mean() <= 0.05 * expected.std())
-    except Exception:  # whatever a model makes of it
-        same = False
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            model.eval()
+            with torch.no_grad():
+                expected = hidden()
+                model.set_attn_implementation(VARLEN)
+                same = bool((hidden() - expected).abs().mean() <= 0.05 * expected.std())
+            if was_training:
+                weights = [p for p in model.parameters() if p.requires_grad]
+                model.train()
+                torch.autograd.grad(hidden().sum(), weights, allow_unused=True)
+        except Exception:  # whatever a model makes of it
+            same = False
+    model.train(was_training)
     if not same:
         model.set_attn_implementation("sdpa")
     return same
@@ -113,11 +125,17 @@ def _dtype_of_products(bounds: torch.Tensor, dtype: torch.dtype) -> torch.dtype 
 
 
 def _mask(**arguments: Any) -> torch.Tensor | None:
-    """The bounds of segments, [S + 1]; SDPA's mask where they are not known or of no use."""
-    bounds = _BOUNDS.get()
-    if bounds is None or _dtype_of_products(bounds, arguments["dtype"]) is None:
+    """The bounds of segments: [S + 1], or a view [W, S + 1] where a position sees W back at most,
+    itself included; not all layers know that of themselves. SDPA's mask where bounds are not known,
+    of no use, or not all there is to it."""
+    bounds, window = _BOUNDS.get(), arguments.get("local_size")
+    if (
+        bounds is None
+        or _dtype_of_products(bounds, arguments["dtype"]) is None
+        or arguments.get("use_vmap")  # of functions of the model's own
+    ):
         return masking_utils.sdpa_mask(**arguments)
-    return bounds
+    return bounds if window is None else bounds.expand(window, -1)
 
 
 def _attend(
@@ -128,23 +146,25 @@ def _attend(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' interface of an attention: [B, L, H, D], and no weights."""
-    if attention_mask is None or attention_mask.dim() != 1:
+    if attention_mask is None or attention_mask.dim() == 4:
         return sdpa_attention_forward(
             module, query_BHLD, key_BGLD, value_BGLD, attention_mask, dropout, scaling, **others
         )
-    asked = [n for n in ("softcap", "s_aux", "position_bias") if others.get(n) is not None]
-    if dropout or asked:
-        raise ValueError(f"{VARLEN} attention: has no {', '.join(asked) or 'dropout'}")
-    bounds, length = attention_mask, query_BHLD.shape[2]
-    dtype = _dtype_of_products(bounds, query_BHLD.dtype)
+    asked = ["dropout"] if dropout else []
+    asked += [n for n in others if isinstance(others[n], torch.Tensor) and n not in _POSITIONS]
+    asked += ["softcap"] if others.get("softcap") is not None else []
+    if asked:
+        raise ValueError(f"{VARLEN} attention: has no {', '.join(asked)}")
+    window, bounds = -1, attention_mask
+    if attention_mask.dim() == 2:
+        window, bounds = attention_mask.shape[0] - 1, attention_mask[0]
+    length, dtype = query_BHLD.shape[2], _dtype_of_products(bounds, query_BHLD.dtype)
     query, key, value = (
         x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query_BHLD, key_BGLD, value_BGLD)
     )
-    window = -1 if sliding_window is None else sliding_window - 1
     grouped = {"enable_gqa": True} if _ASKS_FOR_GQA and key.shape[1] != query.shape[1] else {}
     out = varlen_attn(
         query, key, value, bounds, bounds, length, length,

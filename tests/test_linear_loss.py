@@ -12,7 +12,14 @@ import torch
 from dense_reference import Batch, make_batch
 
 import logitcache_kernels
-from logitcache_kernels import DistillSpec, SparseTeacher, distill_loss, linear_distill_loss
+from logitcache_kernels import (
+    DistillSpec,
+    SparseTeacher,
+    distill_loss,
+    head_logits,
+    linear,
+    linear_distill_loss,
+)
 
 WEIGHTS = {"alpha": 0.3, "beta": 0.7, "gamma": 0.4}
 DIAGNOSTICS = ("strategy_R", "js_R", "kd_R", "ce_R", "weight_R")
@@ -70,6 +77,24 @@ def assert_equal_losses(case: Case, spec: DistillSpec, head=None, chunk=None, **
     for name, leaf in a.items():
         assert leaf.grad.abs().sum() > 0
         torch.testing.assert_close(leaf.grad, b[name].grad, **close)
+
+
+@pytest.mark.parametrize("chunk", [3, None])
+def test_a_chosen_chunk_has_its_most(monkeypatch, chunk):
+    seen = []
+
+    def logits(hidden_RD, *args, **kwargs):
+        seen.append(len(hidden_RD))
+        return head_logits(hidden_RD, *args, **kwargs)
+
+    monkeypatch.setattr(linear, "head_logits", logits)
+    case = Case(1)
+    found = case.linear(case.leaves(), DistillSpec(**WEIGHTS), max_chunk=chunk)
+    assert max(seen) == 3 if chunk else len(seen) == 1
+    expected = case.linear(case.leaves(), DistillSpec(**WEIGHTS))
+    torch.testing.assert_close(found.loss, expected.loss)
+    with pytest.raises(ValueError, match="max_chunk: expected a positive number"):
+        case.linear(case.leaves(), DistillSpec(**WEIGHTS), max_chunk=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 14, 100, None])

@@ -10,7 +10,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from test_families import FAMILIES, L, make
+import transformers
+from test_families import FAMILIES, SMALL, L, make
 
 from logitcache import packed_attention
 from logitcache.causal_lm import hidden_states
@@ -81,10 +82,7 @@ def test_it_is_sdpa_with_a_mask(name: str, recompute: bool) -> None:
     """recompute: in the backward pass no context knows the bounds any more."""
     model = make(name)
     if "Gemma3" in name:
-        for module in model.modules():  # narrower than a segment
-            if getattr(module, "sliding_window", None):
-                module.sliding_window = 4
-        model.config.sliding_window = 4
+        model.config.sliding_window = 4  # narrower than a segment
     assert model.config._attn_implementation == "sdpa"
     expected, theirs = hidden_and_gradients(model, None)
     assert not CALLS
@@ -100,6 +98,36 @@ def test_it_is_sdpa_with_a_mask(name: str, recompute: bool) -> None:
         torch.testing.assert_close(our, their, rtol=1e-3, atol=1e-5)
 
 
+def test_a_window_is_that_of_the_mask() -> None:
+    """Layers of this family do not hand on the window that they have."""
+    torch.manual_seed(0)
+    moe = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    moe |= {"shared_expert_intermediate_size": 16, "sliding_window": 4, "use_sliding_window": True}
+    kinds = ["sliding_attention", "full_attention"]
+    config = transformers.Qwen2MoeConfig(**SMALL, **moe, layer_types=kinds)
+    model = transformers.Qwen2MoeForCausalLM(config).eval()
+    with torch.no_grad():
+        expected = hidden_states(model, TOKENS, torch.from_numpy(POSITIONS), BOUNDS)
+        model.set_attn_implementation(VARLEN)
+        found = hidden_states(model, TOKENS, torch.from_numpy(POSITIONS), BOUNDS)
+    assert CALLS == [(3, 0), (-1, 0)]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_of_a_models_own_making_stay_masks() -> None:
+    model = make("Llama")
+    model.set_attn_implementation(VARLEN)
+    ask = {"config": model.config, "inputs_embeds": torch.zeros(2, L, 32), "attention_mask": None}
+    ask |= {"past_key_values": None, "position_ids": torch.from_numpy(POSITIONS)}
+    with known_bounds(BOUNDS, 2):
+        usual = packed_attention.masking_utils.create_causal_mask(**ask)
+        own = packed_attention.masking_utils.create_causal_mask(
+            **ask, and_mask_function=lambda batch, head, query, key: key > 0
+        )
+    assert usual is BOUNDS
+    assert own.shape == (2, 1, L, L)
+
+
 def test_without_bounds_or_with_one_segment_a_row_it_is_sdpa_itself() -> None:
     model = make("Llama")
     model.set_attn_implementation(VARLEN)
@@ -110,7 +138,15 @@ def test_without_bounds_or_with_one_segment_a_row_it_is_sdpa_itself() -> None:
     assert not CALLS
 
 
-@pytest.mark.parametrize("asked", [{"dropout": 0.1}, {"softcap": 50.0}, {"s_aux": torch.ones(4)}])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"dropout": 0.1},
+        {"softcap": 50.0},
+        {"s_aux": torch.ones(4)},
+        {"block_indices": torch.zeros(2, 4, L, 1)},
+    ],
+)
 def test_what_it_has_not_is_refused(asked: dict[str, Any]) -> None:
     query = torch.zeros(2, 4, L, 8)
     with pytest.raises(ValueError, match="has no "):
@@ -121,8 +157,29 @@ def test_a_model_attends_so_where_a_small_batch_comes_out_the_same() -> None:
     model = make("Gemma3")
     assert use_varlen(model)
     assert model.config._attn_implementation == VARLEN
-    assert len(CALLS) == 2
+    assert model.training
+    assert len(CALLS) == 2 * 2  # layers, and a gradient
     assert not use_varlen(make("Gemma2 softcap"))
+
+
+def test_dropout_of_attention_alone_is_in_the_way_and_no_random_state_moves() -> None:
+    model = make("GPT-2 tied")
+    before = torch.random.get_rng_state()
+    model.transformer.drop.p = 0.1
+    assert use_varlen(model)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    model = make("GPT-2 tied")
+    for layer in model.transformer.h:
+        layer.attn.attn_dropout.p = 0.1
+    assert not use_varlen(model)
+    assert use_varlen(model.eval())
+    assert not model.training
+
+
+def test_a_model_whose_masks_are_chunks_stays_as_it_is() -> None:
+    model = make("Llama")
+    model.config.attention_chunk_size = 8
+    assert not use_varlen(model)
 
 
 @pytest.mark.parametrize("outcome", [IndexError("of a model's own"), torch.zeros(48, 4, 8)])

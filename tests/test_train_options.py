@@ -10,6 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import losses, make_inputs, request, train_words
 from transformers import LlamaForCausalLM, TrainerCallback
 
-from distill import DistillTrainer
+from distill import DistillTrainer, student
 from distill.card import escaped, model_card
 from distill.cli import cli
 from distill.finite import FiniteCheck, skip_if
@@ -28,6 +29,7 @@ from distill.train import make_trainer, train
 from logitcache import open_store
 from logitcache.errors import NonFiniteError, UsageError
 from logitcache.tokenise import load_tokenizer
+from logitcache_kernels import linear_distill_loss
 
 LOGS = {"loss": 1.25, "tokens_per_second": 1234.0} | {
     f"share_{name}": share
@@ -119,17 +121,31 @@ def test_settings_that_do_not_go_together_are_refused(
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    ("settings", "chunk"),
+    ("settings", "expected"),
     [
-        ({}, None),
-        ({"gradient_checkpointing": True}, 1024),
-        ({"gradient_checkpointing": True, "loss_chunk": 7}, 7),
+        ({}, (None, None)),
+        ({"gradient_checkpointing": True}, (None, 1024)),
+        ({"gradient_checkpointing": True, "loss_chunk": 7}, (7, 1024)),
     ],
 )
 def test_a_chunk_of_logits_is_small_where_activations_are_recomputed(
-    inputs: Path, tmp_path: Path, settings: dict, chunk: int | None
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict, expected: tuple
 ) -> None:
-    assert request(inputs, tmp_path / "out", **settings).config().loss_chunk == chunk
+    given = []
+
+    def loss(*args: Any, chunk: int | None, max_chunk: int | None, **kwargs: Any) -> Any:
+        given.append((chunk, max_chunk))
+        return linear_distill_loss(*args, chunk=chunk, max_chunk=max_chunk, **kwargs)
+
+    monkeypatch.setattr(student, "linear_distill_loss", loss)
+    train(request(inputs, tmp_path / "out", max_steps=1, **settings))
+    assert set(given) == {expected}
+
+
+def test_attention_that_a_student_cannot_have_is_refused(inputs: Path, tmp_path: Path) -> None:
+    code, said, _ = run(inputs, tmp_path / "out", attn_implementation="varlen")
+    assert code == 2
+    assert "attn_implementation: varlen gives this student on cpu something else" in said["error"]
 
 
 def test_fsdp_of_another_version_from_the_environment_is_refused(

@@ -136,6 +136,7 @@ def linear_distill_loss(
     softcap: float | None = None,
     scale: float = 1.0,
     chunk: int | None = None,
+    max_chunk: int | None = None,
     logits_dtype: torch.dtype | None = None,
     gold_R: torch.Tensor | None = None,
     taboo_ids: torch.Tensor | None = None,
@@ -147,8 +148,9 @@ def linear_distill_loss(
     """Give the loss of ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``.
 
     hidden_RD, weight_VD, bias_V: floating; gradients flow to each that asks for one. chunk:
-    positions per chunk (None: by the size of the vocabulary). logits_dtype: of a chunk's logits
-    (None: the hidden states'). The other arguments, and the errors, are those of ``distill_loss``.
+    positions per chunk (None: by the size of the vocabulary, but not more than max_chunk).
+    logits_dtype: of a chunk's logits (None: the hidden states'). The other arguments, and the
+    errors, are those of ``distill_loss``.
     """
     num_rows, vocab_size = hidden_RD.shape[0], weight_VD.shape[0]
     has_taboo = taboo_ids is not None or taboo_RK is not None
@@ -160,8 +162,9 @@ def linear_distill_loss(
         )
     if bias_V is not None and bias_V.shape != (vocab_size,):
         raise ValueError(f"bias_V: expected shape ({vocab_size},), found {tuple(bias_V.shape)}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk: expected a positive number of positions, found {chunk}")
+    for name, positions in (("chunk", chunk), ("max_chunk", max_chunk)):
+        if positions is not None and positions < 1:
+            raise ValueError(f"{name}: expected a positive number of positions, found {positions}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a positive number or None, found {softcap}")
     logits_dtype = hidden_RD.dtype if logits_dtype is None else logits_dtype
@@ -178,12 +181,14 @@ def linear_distill_loss(
         narrow = logits_dtype if logits_dtype.itemsize == 2 else hidden_RD.dtype
         head = Head(softcap, scale, logits_dtype, narrow)
         with torch.autocast(hidden_RD.device.type, enabled=False):
-            return linear_distill_loss_fused(hidden_RD, weight_VD, bias_V, row, head, chunk)
+            return linear_distill_loss_fused(
+                hidden_RD, weight_VD, bias_V, row, head, chunk, max_chunk
+            )
 
     # The gate needs the teachers alone: decide first which positions go through the products.
     wide = torch.float64 if logits_dtype == torch.float64 else torch.float32
     elements = _CHUNK_ELEMENTS["cpu" if hidden_RD.device.type == "cpu" else "other"]
-    step = chunk or max(elements // vocab_size, 16)
+    step = chunk or min(max(elements // vocab_size, 16), max_chunk or num_rows + 1)
     everything = _Inputs(tuple(teachers), labels_R, gold_R, taboo_RK)
     gates = []
     for start in range(0, max(num_rows, 1), step):

@@ -247,6 +247,7 @@ def linear_distill_loss_fused(
     row: Row,
     head: Head,
     chunk: int | None,
+    max_chunk: int | None,
 ) -> DistillOutput:
     """See ``linear_distill_loss``; hidden states in float32, bfloat16 or float16."""
     num_rows, vocab_size = len(hidden_RD), len(weight_VD)
@@ -258,6 +259,7 @@ def linear_distill_loss_fused(
     if chunk is None:
         size = head.logits_dtype.itemsize
         chunk = choose_chunk(num_rows, vocab_size, size, _room(hidden_RD.device))
+        chunk = chunk if max_chunk is None else min(chunk, max_chunk)
     plans = [_plan(hidden_RD, weight_VD, head, chunk)]  # a list, to be let go of inside
     kept = _Kept(strategy_R)
     loss, kd_R, ce_R = _Linear.apply(
