@@ -11,6 +11,7 @@ import contextlib
 import gc
 import os
 import signal
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -223,10 +224,20 @@ def _by_processes(
                     raise packed
                 yield packed
     finally:
-        # Not left to the last reference: the traceback of an error may hold it.
-        try:
-            made._shutdown_workers()  # type: ignore[attr-defined]
-        except RuntimeError:  # the death of another
-            for process in made._workers:  # type: ignore[attr-defined]
+        _end(made)  # not left to the last reference: the traceback of an error may hold it
+
+
+def _end(made: Any) -> None:
+    """End the processes of a DataLoader's iterator."""
+    # Where torch sees the death of another it raises in the main thread, here too.
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
+    try:
+        made._shutdown_workers()
+    finally:
+        for process in made._workers:
+            if process.is_alive():  # it had five seconds
                 process.kill()
                 process.join()
+        if in_main:
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
