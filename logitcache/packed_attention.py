@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -106,15 +106,30 @@ def use_varlen(model: Any) -> bool:
                 model.set_attn_implementation(VARLEN)
                 same = bool((hidden() - expected).abs().mean() <= 0.05 * expected.std())
             if was_training:
-                weights = [p for p in model.parameters() if p.requires_grad]
                 model.train()
-                torch.autograd.grad(hidden().sum(), weights, allow_unused=True)
+                _gradient_of_embeddings(model, hidden)
         except Exception:  # whatever a model makes of it
             same = False
     model.train(was_training)
     if not same:
         model.set_attn_implementation("sdpa")
     return same
+
+
+def _gradient_of_embeddings(model: Any, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Of the sum of what a call gives: through all layers, with no room for weights' gradients."""
+    found: list[torch.Tensor] = []
+
+    def keep(module: Any, given: Any, output: torch.Tensor) -> torch.Tensor:
+        found.append(output if output.requires_grad else output.requires_grad_())
+        return output
+
+    handle = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            return torch.autograd.grad(call().sum(), found[0])[0]
+    finally:
+        handle.remove()
 
 
 def _dtype_of_products(bounds: torch.Tensor, dtype: torch.dtype) -> torch.dtype | None:

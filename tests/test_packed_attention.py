@@ -176,6 +176,23 @@ def test_dropout_of_attention_alone_is_in_the_way_and_no_random_state_moves() ->
     assert not model.training
 
 
+def test_a_model_without_a_gradient_keeps_sdpa_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = definition(*args, **kwargs)
+        if out.requires_grad:
+            raise RuntimeError("head dimension 256 has no backward pass here")
+        return out
+
+    monkeypatch.setattr(packed_attention, "varlen_attn", without)
+    model = make("Llama")
+    assert not use_varlen(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert model.training
+    assert use_varlen(model.eval())
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.get_input_embeddings()._forward_hooks
+
+
 def test_a_model_whose_masks_are_chunks_stays_as_it_is() -> None:
     model = make("Llama")
     model.config.attention_chunk_size = 8
