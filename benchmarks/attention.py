@@ -9,6 +9,7 @@ CPU too.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -48,6 +49,7 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of decoder and gradients, GiB at the peak, by way."""
     torch.compiler.reset()
+    gc.collect()  # compiled layers of the model before refer to one another
     model = make_model(student, torch.float32, device).train()
     if compiled:
         compile_layers(model)

@@ -30,7 +30,6 @@ from logitcache_kernels import (
 
 from .source_loss import source_sums
 
-_Chunks = tuple[int | None, int | None]  # positions in a chunk of logits, and the most of them
 _BySource = tuple[torch.Tensor | None, int]  # the source of each position, and how many there are
 
 # What forward() sums over a batch, in this order; see batch_sums.
@@ -92,12 +91,13 @@ def attach_loss(
     at once; check_model says for which models. chunk, max_chunk: of linear_distill_loss.
     """
     plain_forward = model.forward
+    chunks = {"chunk": chunk, "max_chunk": max_chunk}
 
     def forward(self: Any, *args: Any, teachers: Any = None, **kwargs: Any) -> Any:
         if teachers is None:
             return plain_forward(*args, **kwargs)
         return _distill_forward(
-            self, spec, (chunk, max_chunk), teachers, plain_forward if dense else None, **kwargs
+            self, spec, chunks, teachers, plain_forward if dense else None, **kwargs
         )
 
     model.forward = MethodType(forward, model)
@@ -106,7 +106,7 @@ def attach_loss(
 def _distill_forward(
     model: Any,
     spec: DistillSpec,
-    chunks: _Chunks,
+    chunks: dict[str, Any],
     teachers: Any,
     plain_forward: Any,
     *,
@@ -171,7 +171,7 @@ def _from_head(
     hidden_RD: torch.Tensor,
     labels_BL: torch.Tensor,
     evaluate: bool,
-    chunks: _Chunks,
+    chunks: dict[str, Any],
     shared: dict[str, Any],
     by_source: _BySource,
 ) -> dict[str, torch.Tensor]:
@@ -186,9 +186,8 @@ def _from_head(
             bias_V=head.bias_V,
             softcap=head.softcap,
             scale=head.scale,
-            chunk=chunks[0],
-            max_chunk=chunks[1],
             logits_dtype=_linear_dtype(hidden_RD),
+            **chunks,
             **shared,
         )
         cross_entropy_R = None

@@ -19,7 +19,7 @@ from logitcache_kernels import head_logits
 
 from .errors import StoreError, UsageError
 from .files import file_sha256
-from .packed_attention import known_bounds, segment_bounds
+from .packed_attention import TRIAL_ENDS, known_bounds, trial_batch
 
 
 @dataclass(frozen=True)
@@ -204,17 +204,10 @@ def fits_decoder_and_head(model: Any, folder: Path) -> bool:
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    # Two rows with other boundaries: some attention implementations pack batches of one row only.
-    tokens = torch.randint(0, vocab_size, (2, 24), generator=generator).to(device)
-    ends = (10, 17)
-    positions = torch.stack([torch.cat((torch.arange(n), torch.arange(24 - n))) for n in ends])
-    bounds = torch.from_numpy(segment_bounds(positions.numpy())).to(device)
-    positions = positions.to(device)
+    tokens, positions, bounds = trial_batch(model)
     apart = [
         [model(input_ids=part[None], use_cache=False).logits[0].float() for part in (t[:n], t[n:])]
-        for t, n in zip(tokens, ends, strict=True)
+        for t, n in zip(tokens, TRIAL_ENDS, strict=True)
     ]
     # Low precision blurs logits by its epsilon times their size; a leak or a wrong head is far
     # above.
@@ -224,14 +217,14 @@ def fits_decoder_and_head(model: Any, folder: Path) -> bool:
     try:
         hidden = hidden_states(model, tokens, positions, bounds)
         packed = [Head.of(model).logits(row).float() for row in hidden]
-        fits = bool((packed[0][: ends[0]] - apart[0][0]).abs().mean() <= tolerance)
+        fits = bool((packed[0][: TRIAL_ENDS[0]] - apart[0][0]).abs().mean() <= tolerance)
     except (AttributeError, TypeError, RuntimeError):  # no such parts, or of other shapes
         fits = False
     if not fits:
         whole = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
         packed = [row.float() for row in whole]
     model.train(was_training)
-    rows = zip(packed, apart, ends, strict=True)
+    rows = zip(packed, apart, TRIAL_ENDS, strict=True)
     if any((row[n:] - parts[1]).abs().mean() > tolerance for row, parts, n in rows):
         raise UsageError(
             f"{folder}: {type(model).__name__}: attention leaks between packed documents",

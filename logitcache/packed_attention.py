@@ -25,6 +25,7 @@ with contextlib.suppress(ImportError):
     from torch.nn.attention.varlen import varlen_attn
 
 VARLEN = "varlen"
+TRIAL_ENDS = (10, 17)
 # torch 2.11 finds out by itself, 2.12 asks.
 _ASKS_FOR_GQA = varlen_attn is not None and (
     "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -67,6 +68,19 @@ def known_bounds(bounds: torch.Tensor | None, num_rows: int) -> Iterator[None]:
         _BOUNDS.reset(token)
 
 
+def trial_batch(model: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two rows of two documents each, on the model's device, to try a model on: tokens and
+    positions [2, 24], bounds [5]. The boundaries, TRIAL_ENDS, differ: some attention
+    implementations pack batches of one row only."""
+    device = next(model.parameters()).device
+    length, generator = 24, torch.Generator().manual_seed(0)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(0, vocab_size, (len(TRIAL_ENDS), length), generator=generator)
+    positions = np.stack([np.r_[:end, : length - end] for end in TRIAL_ENDS])
+    bounds = torch.from_numpy(segment_bounds(positions))
+    return tokens.to(device), torch.from_numpy(positions).to(device), bounds.to(device)
+
+
 def use_varlen(model: Any) -> bool:
     """Let a model attend by ``VARLEN`` where it can; whether it does.
 
@@ -75,10 +89,8 @@ def use_varlen(model: Any) -> bool:
     gradient: some want of their attention what this one has not (dropout, softcaps, choices of
     their own).
     """
-    device = next(model.parameters()).device
-    positions = np.concatenate([np.arange(n) for n in (10, 14, 17, 7)]).reshape(2, 24)
-    bounds = torch.from_numpy(segment_bounds(positions)).to(device)
-    config, was_training = model.config, model.training
+    tokens, positions, bounds = trial_batch(model)
+    device, config, was_training = tokens.device, model.config, model.training
     if (
         varlen_attn is None
         or _dtype_of_products(bounds, torch.bfloat16) is None
@@ -89,14 +101,9 @@ def use_varlen(model: Any) -> bool:
         return False
 
     def hidden() -> torch.Tensor:
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        tokens = torch.randint(
-            0, vocab_size, (2, 24), generator=torch.Generator().manual_seed(0)
-        ).to(device)
-        batch = {"input_ids": tokens, "position_ids": torch.from_numpy(positions).to(device)}
-        with torch.autocast(device.type, torch.bfloat16), known_bounds(bounds, 2):
-            output = model.get_decoder()(**batch, use_cache=False)
-        return output.last_hidden_state.float()
+        batch = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+        with torch.autocast(device.type, torch.bfloat16), known_bounds(bounds, len(tokens)):
+            return model.get_decoder()(**batch).last_hidden_state.float()
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

@@ -153,6 +153,17 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(
     assert same_run(inputs / "undisturbed", tmp_path / "out") == []
 
 
+def test_a_run_that_attended_otherwise_goes_on_and_says_so(inputs: Path, tmp_path: Path) -> None:
+    _stopped_at(inputs, tmp_path / "out", 1)
+    path = tmp_path / "out" / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**record, "attention": "varlen"}), encoding="utf-8")
+    said: list[str] = []
+    train(request(inputs, tmp_path / "out"), note=said.append)
+    assert f"attention was varlen, is {record['attention']}: last bits may differ" in said[1]
+    assert json.loads(path.read_text(encoding="utf-8"))["attention"] == record["attention"]
+
+
 def test_a_checkpoint_of_another_store_or_other_settings_is_refused(
     inputs: Path, tmp_path: Path
 ) -> None:
