@@ -16,7 +16,7 @@ import torch
 
 from logitcache.causal_lm import Head, hidden_states
 from logitcache.errors import UsageError
-from logitcache.packed_attention import known_bounds, segment_bounds
+from logitcache.packed_attention import known_bounds, longest_segment, segment_bounds
 from logitcache.reader import TeacherBatch
 from logitcache_kernels import (
     STRATEGY_NAMES,
@@ -42,6 +42,7 @@ CHUNK_BESIDE_RECOMPUTED = 1024
 
 def to_inputs(batch: TeacherBatch, temperature: float) -> dict[str, Any]:
     """Turn a batch of a store into keyword arguments of the student's forward."""
+    bounds = segment_bounds(batch.positions)
     return {
         "input_ids": torch.from_numpy(batch.rows.tokens.astype("int64")),
         "position_ids": torch.from_numpy(batch.positions),
@@ -50,7 +51,8 @@ def to_inputs(batch: TeacherBatch, temperature: float) -> dict[str, Any]:
         # Plain dicts: accelerate and DDP move them to the device, named tuples they cannot rebuild.
         "teachers": [t.sparse_teacher(temperature)._asdict() for t in batch.teachers],
         "num_tokens": int(batch.rows.lengths().sum()),
-        "bounds": torch.from_numpy(segment_bounds(batch.positions)),
+        "bounds": torch.from_numpy(bounds),
+        "longest": longest_segment(bounds),
     }
 
 
@@ -118,6 +120,7 @@ def _distill_forward(
     evaluate: bool = False,
     num_tokens: int = 0,
     bounds: torch.Tensor | None = None,
+    longest: int | None = None,
     sources: torch.Tensor | None = None,
     num_sources: int = 0,
     taboo_ids: torch.Tensor | None = None,
@@ -139,11 +142,11 @@ def _distill_forward(
     }
     by_source = (None if sources is None else sources.flatten(), num_sources)
     if plain_forward is not None:
-        with known_bounds(bounds, len(input_ids)):
+        with known_bounds(bounds, len(input_ids), longest):
             output = plain_forward(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         logits_RV = output.logits.flatten(0, 1)
         return _from_logits(logits_RV, labels, evaluate, shared, by_source)
-    hidden_RD = hidden_states(model, input_ids, position_ids, bounds).flatten(0, 1)
+    hidden_RD = hidden_states(model, input_ids, position_ids, bounds, longest).flatten(0, 1)
     return _from_head(model, hidden_RD, labels, evaluate, chunks, shared, by_source)
 
 

@@ -164,14 +164,16 @@ def hidden_states(
     tokens_BL: torch.Tensor,
     positions_BL: torch.Tensor,
     bounds: torch.Tensor | None = None,
+    longest: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Last hidden states [B, L, D]; attention stays within segments, which positions tell apart.
 
     bounds: the segments on the model's device, as ``segment_bounds`` gives them; else transformers
-    asks the positions, and the host waits for the GPU, at every call.
+    asks the positions, and the host waits for the GPU, at every call. longest: positions in the
+    longest of them, where it is known.
     """
-    with known_bounds(bounds, len(tokens_BL)):
+    with known_bounds(bounds, len(tokens_BL), longest):
         output = model.get_decoder()(
             input_ids=tokens_BL, position_ids=positions_BL, use_cache=False, **kwargs
         )

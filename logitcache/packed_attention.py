@@ -31,7 +31,7 @@ _ASKS_FOR_GQA = varlen_attn is not None and (
     "enable_gqa" in inspect.signature(varlen_attn).parameters
 )
 _POSITIONS = ("position_ids", "cache_position")  # tensors that layers hand on, of no use here
-_BOUNDS: ContextVar[torch.Tensor | None] = ContextVar("bounds", default=None)
+_BOUNDS: ContextVar[tuple[torch.Tensor, int | None] | None] = ContextVar("bounds", default=None)
 
 
 def segment_bounds(positions_BL: np.ndarray) -> np.ndarray:
@@ -41,10 +41,18 @@ def segment_bounds(positions_BL: np.ndarray) -> np.ndarray:
     return np.append(np.flatnonzero(begins_BL), positions_BL.size).astype(np.int32)
 
 
+def longest_segment(bounds: np.ndarray) -> int:
+    """Positions in the longest segment of these bounds."""
+    return int(np.diff(bounds).max(initial=0))
+
+
 @contextlib.contextmanager
-def known_bounds(bounds: torch.Tensor | None, num_rows: int) -> Iterator[None]:
-    """Tell transformers what the segments of a batch are, as ``segment_bounds`` gives them; None:
-    it asks the position ids, and the host waits for the GPU.
+def known_bounds(
+    bounds: torch.Tensor | None, num_rows: int, longest: int | None = None
+) -> Iterator[None]:
+    """Tell transformers what the segments of a batch are, as ``segment_bounds`` gives them, and the
+    kernel how long they are at most, None: as long as rows. Without bounds transformers asks the
+    position ids, and the host waits for the GPU.
 
     It has no argument for that, so the function that asks is replaced; one that has gone by another
     name stays as it is.
@@ -60,7 +68,7 @@ def known_bounds(bounds: torch.Tensor | None, num_rows: int) -> Iterator[None]:
         return (position_ids.diff(prepend=first) != 1).cumsum(-1) if packed else None
 
     masking_utils.find_packed_sequence_indices = segments
-    token = _BOUNDS.set(bounds if packed else None)
+    token = _BOUNDS.set((bounds, longest) if packed else None)
     try:
         yield
     finally:
@@ -147,17 +155,20 @@ def _dtype_of_products(bounds: torch.Tensor, dtype: torch.dtype) -> torch.dtype 
 
 
 def _mask(**arguments: Any) -> torch.Tensor | None:
-    """The bounds of segments: [S + 1], or a view [W, S + 1] where a position sees W back at most,
-    itself included; not all layers know that of themselves. SDPA's mask where bounds are not known,
-    of no use, or not all there is to it."""
-    bounds, window = _BOUNDS.get(), arguments.get("local_size")
+    """The bounds of segments, a view [N, 1 + W, S + 1]: none has more than N positions, and each of
+    these sees W with itself, or where W is 0 all before it; not all layers know their window of
+    themselves. SDPA's mask where bounds are not known, of no use, or not all there is to it."""
+    known = _BOUNDS.get()
+    if known is None:
+        return masking_utils.sdpa_mask(**arguments)
+    bounds, longest = known
     if (
-        bounds is None
-        or _dtype_of_products(bounds, arguments["dtype"]) is None
+        _dtype_of_products(bounds, arguments["dtype"]) is None
         or arguments.get("use_vmap")  # of functions of the model's own
     ):
         return masking_utils.sdpa_mask(**arguments)
-    return bounds if window is None else bounds.expand(window, -1)
+    window = arguments.get("local_size") or 0
+    return bounds.expand(longest or arguments["kv_length"], 1 + window, -1)
 
 
 def _attend(
@@ -180,17 +191,15 @@ def _attend(
     asked += ["softcap"] if others.get("softcap") is not None else []
     if asked:
         raise ValueError(f"{VARLEN} attention: has no {', '.join(asked)}")
-    window, bounds = -1, attention_mask
-    if attention_mask.dim() == 2:
-        window, bounds = attention_mask.shape[0] - 1, attention_mask[0]
+    longest, window, bounds = *attention_mask.shape[:2], attention_mask[0, 0]
     length, dtype = query_BHLD.shape[2], _dtype_of_products(bounds, query_BHLD.dtype)
     query, key, value = (
         x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query_BHLD, key_BGLD, value_BGLD)
     )
     grouped = {"enable_gqa": True} if _ASKS_FOR_GQA and key.shape[1] != query.shape[1] else {}
     out = varlen_attn(
-        query, key, value, bounds, bounds, length, length,
-        scale=scaling, window_size=(window, 0), **grouped,
+        query, key, value, bounds, bounds, longest, longest,
+        scale=scaling, window_size=(window - 2, 0), **grouped,
     )  # fmt: skip
     return out.unflatten(0, (-1, length)), None
 

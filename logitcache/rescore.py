@@ -38,7 +38,7 @@ from .causal_lm import (
 from .differences import Rescored, Rescoring, by_id, kl, unlike
 from .errors import Interrupted, UsageError
 from .fetch import fetch
-from .packed_attention import segment_bounds, use_varlen
+from .packed_attention import longest_segment, segment_bounds, use_varlen
 from .packing import Rows
 from .padded import TeacherSupport, side_by_side
 from .reader import StoreReader
@@ -202,8 +202,14 @@ class _Run:
             length = int(lengths[batch].max())
             tokens = torch.from_numpy(rows.tokens[batch, :length].astype(np.int64))
             where = positions[batch, :length]
-            arrays = tokens, torch.from_numpy(where), torch.from_numpy(segment_bounds(where))
-            hidden_BLD = hidden_states(model, *(array.to(self.device) for array in arrays))
+            bounds = segment_bounds(where)
+            hidden_BLD = hidden_states(
+                model,
+                tokens.to(self.device),
+                torch.from_numpy(where).to(self.device),
+                torch.from_numpy(bounds).to(self.device),
+                longest_segment(bounds),
+            )
             for number, row in enumerate(dict.fromkeys(batch)):
                 at = torch.from_numpy(np.flatnonzero(labels[row, :length] != -100))
                 hidden.append(hidden_BLD[number, at.to(self.device)])

@@ -32,7 +32,7 @@ from .causal_lm import (
 from .config import BuildConfig
 from .errors import NonFiniteError, StoreError, UsageError
 from .fetch import fetch
-from .packed_attention import segment_bounds, use_varlen
+from .packed_attention import longest_segment, segment_bounds, use_varlen
 from .packing import Rows
 from .several import loading_options, refuse_offloaded
 from .store import Store
@@ -219,13 +219,15 @@ class TeacherRun:
         labelled positions. Nothing here waits for the GPU."""
         length = max(int(self.lengths[batch[0]]), 1)
         positions = self.positions[batch][:, :length]
+        bounds = segment_bounds(positions)
         hidden_BLD = hidden_states(
             self.model,
             self._on_device(self.rows.tokens[batch][:, :length].astype(np.int64)).to(
                 self._first_device
             ),
             self._on_device(positions).to(self._first_device),
-            self._on_device(segment_bounds(positions)).to(self._first_device),
+            self._on_device(bounds).to(self._first_device),
+            longest_segment(bounds),
         ).to(self.device)
         labels = self.labels[batch][:, :length]
         at_row, at_token = np.nonzero(labels != -100)

@@ -15,7 +15,13 @@ from test_families import FAMILIES, SMALL, L, make
 
 from logitcache import packed_attention
 from logitcache.causal_lm import hidden_states
-from logitcache.packed_attention import VARLEN, known_bounds, segment_bounds, use_varlen
+from logitcache.packed_attention import (
+    VARLEN,
+    known_bounds,
+    longest_segment,
+    segment_bounds,
+    use_varlen,
+)
 
 ENDS = (10, 17)
 POSITIONS = np.stack([np.concatenate((np.arange(n), np.arange(L - n))) for n in ENDS])
@@ -39,10 +45,10 @@ def definition(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """Of torch's varlen_attn, which CALLS counts: [T, H, D] from [T, H, D] and twice [T, G, D]."""
-    CALLS.append(window_size)
+    CALLS.append((max_q, *window_size))
     assert enable_gqa or query.shape[1] == key.shape[1]
     assert torch.equal(cu_seq_q, cu_seq_k)
-    assert max_q == max_k >= int(cu_seq_q.diff().max())
+    assert max_q == max_k
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -56,7 +62,8 @@ def definition(
     return torch.cat(out)
 
 
-CALLS: list[tuple[int, int]] = []
+CALLS: list[tuple[int, int, int]] = []
+LONGEST = 17
 dtype_of_products = packed_attention._dtype_of_products
 
 
@@ -71,7 +78,7 @@ def _kernel_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def hidden_and_gradients(
     model: Any, bounds: torch.Tensor | None
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    hidden = hidden_states(model, TOKENS, torch.from_numpy(POSITIONS), bounds)
+    hidden = hidden_states(model, TOKENS, torch.from_numpy(POSITIONS), bounds, LONGEST)
     weights = [p for p in model.get_decoder().parameters() if p.requires_grad]
     return hidden, list(torch.autograd.grad(hidden.square().mean(), weights, allow_unused=True))
 
@@ -92,7 +99,7 @@ def test_it_is_sdpa_with_a_mask(name: str, recompute: bool) -> None:
         (recompute_all or model.gradient_checkpointing_enable)()
     found, ours = hidden_and_gradients(model, BOUNDS)
     assert len(CALLS) == 2 * (1 + recompute)
-    assert set(CALLS) == {(3 if "Gemma3" in name else -1, 0)}
+    assert set(CALLS) == {(LONGEST, 3 if "Gemma3" in name else -1, 0)}
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=1e-3, atol=1e-5)
@@ -110,7 +117,7 @@ def test_a_window_is_that_of_the_mask() -> None:
         expected = hidden_states(model, TOKENS, torch.from_numpy(POSITIONS), BOUNDS)
         model.set_attn_implementation(VARLEN)
         found = hidden_states(model, TOKENS, torch.from_numpy(POSITIONS), BOUNDS)
-    assert CALLS == [(3, 0), (-1, 0)]
+    assert CALLS == [(L, 3, 0), (L, -1, 0)]  # as long as a row, where it is not told
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -124,7 +131,8 @@ def test_masks_of_a_models_own_making_stay_masks() -> None:
         own = packed_attention.masking_utils.create_causal_mask(
             **ask, and_mask_function=lambda batch, head, query, key: key > 0
         )
-    assert usual is BOUNDS
+    assert usual.shape == (L, 1, len(BOUNDS))
+    assert usual.data_ptr() == BOUNDS.data_ptr()
     assert own.shape == (2, 1, L, L)
 
 
@@ -148,9 +156,9 @@ def test_without_bounds_or_with_one_segment_a_row_it_is_sdpa_itself() -> None:
     ],
 )
 def test_what_it_has_not_is_refused(asked: dict[str, Any]) -> None:
-    query = torch.zeros(2, 4, L, 8)
+    query, mask = torch.zeros(2, 4, L, 8), BOUNDS.expand(L, 1, -1)
     with pytest.raises(ValueError, match="has no "):
-        packed_attention._attend(torch.nn.Module(), query, query, query, BOUNDS, **asked)
+        packed_attention._attend(torch.nn.Module(), query, query, query, mask, **asked)
 
 
 def test_a_model_attends_so_where_a_small_batch_comes_out_the_same() -> None:
@@ -241,11 +249,12 @@ def test_segments_begin_where_positions_do_not_go_on(
     found = segment_bounds(np.array(positions, dtype=np.int64))
     assert found.dtype == np.int32
     assert found.tolist() == bounds
+    assert longest_segment(found) == max(b - a for a, b in itertools.pairwise(bounds))
 
 
 def test_bounds_are_known_inside_their_context_alone() -> None:
     before = packed_attention.masking_utils.find_packed_sequence_indices
-    with known_bounds(BOUNDS, 2):
-        assert packed_attention._BOUNDS.get() is BOUNDS
+    with known_bounds(BOUNDS, 2, LONGEST):
+        assert packed_attention._BOUNDS.get() == (BOUNDS, LONGEST)
     assert packed_attention._BOUNDS.get() is None
     assert packed_attention.masking_utils.find_packed_sequence_indices is before
