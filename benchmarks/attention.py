@@ -22,7 +22,7 @@ import torch
 
 from distill.student import compile_layers
 from logitcache.causal_lm import hidden_states
-from logitcache.packed_attention import VARLEN, segment_bounds
+from logitcache.packed_attention import VARLEN, longest_segment, segment_bounds
 
 from .common import machine
 from .models import make_model
@@ -54,7 +54,8 @@ def measure(
     if compiled:
         compile_layers(model)
     positions = packed_positions(options.rows, options.seq_len, options.mean)
-    bounds = torch.from_numpy(segment_bounds(positions)).to(device)
+    ends = segment_bounds(positions)
+    bounds, longest = torch.from_numpy(ends).to(device), longest_segment(ends)
     where = torch.from_numpy(positions).to(device)
     tokens = torch.randint(0, model.config.vocab_size, positions.shape, device=device)
     on_gpu = device.type == "cuda"
@@ -66,7 +67,7 @@ def measure(
         started = time.perf_counter()
         for _ in range(steps):
             with torch.autocast(device.type, torch.bfloat16):
-                hidden = hidden_states(model, tokens, where, bounds)
+                hidden = hidden_states(model, tokens, where, bounds, longest)
             hidden.float().square().mean().backward()
             model.zero_grad()
         if on_gpu:

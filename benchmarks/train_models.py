@@ -74,7 +74,8 @@ def cross_entropies(smoke: bool) -> dict[str, Callable[[Any, dict[str, Any]], to
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """In bfloat16 as autocast would have them, which not all of these look at."""
         hidden_RD = hidden_states(
-            model, inputs["input_ids"], inputs["position_ids"], inputs["bounds"]
+            model,
+            *(inputs[name] for name in ("input_ids", "position_ids", "bounds", "longest")),
         ).flatten(0, 1)
         weight_VD = Head.of(model).weight_VD.bfloat16()
         return hidden_RD.bfloat16(), weight_VD, inputs["labels"].flatten()

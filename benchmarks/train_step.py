@@ -4,8 +4,9 @@ The same student, data, batch and optimizer (fp32 weights, bf16 autocast, clippi
 with our loss from a store, with cross entropy alone by whoever is fastest there, and with two
 teachers in memory: times in turn, a block of steps each, and peak memory. Then what DistillTrainer
 adds to a bare loop of the same operations, and how long it waits for data (--trainer: that alone).
-Under torchrun: tokens/s of DistillTrainer on all processes. --compile: the layers of all models
-compiled, as torch_compile=true does it. --smoke: tiny shapes, on a CPU too.
+Under torchrun: tokens/s of DistillTrainer on all processes over those of one, which goes first.
+--compile: the layers of all models compiled, as torch_compile=true does it. --smoke: tiny shapes,
+on a CPU too.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         options.students, options.seq_len = ["smoke"], 32
         options.blocks, options.steps = 1, 1
     from .common import machine
+    from .train_loop import one_process
     from .train_table import table
 
     document: dict[str, Any] = {
@@ -55,14 +57,19 @@ def main(argv: list[str] | None = None) -> int:
         "options": {k: v for k, v in vars(options).items() if k not in ("json", "smollm", "work")},
         "students": {},
     }
+    first = os.environ.get("RANK", "0") == "0"
+    leads_several = first and int(os.environ.get("WORLD_SIZE", "1")) > 1
     for student in options.students:
         try:
+            alone = one_process(options, student) if leads_several else None
             figures = Measurement(options, student).run()
+            if alone is not None:
+                figures["one process"] = alone
         finally:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         document["students"][student] = figures
-    if os.environ.get("RANK", "0") == "0":
+    if first:
         if options.json is not None:
             options.json.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
         print(table(document))
@@ -75,6 +82,7 @@ class Measurement:
     def __init__(self, options: argparse.Namespace, student: str):
         import torch
 
+        from .train_loop import Loops
         from .train_models import ROWS, make_folders, make_store
 
         self.options, self.student = options, student
@@ -85,7 +93,7 @@ class Measurement:
         if self.on_gpu:
             torch.cuda.set_device(self.device)
         work = options.work / student
-        made = work / f"made-{os.environ.get('TORCHELASTIC_RUN_ID', 'alone')}"
+        made = work / f"made-{os.getppid()}"  # by a process of the same torchrun
         if local == 0:
             work.mkdir(parents=True, exist_ok=True)
             source = options.smollm if student == "135M" else None
@@ -98,12 +106,13 @@ class Measurement:
         while not made.exists():  # the first process of this host makes them
             time.sleep(1.0)
         self.folders, self.store = [work / "one", work / "two"], work / "store"
+        self.loops = Loops(options, self.rows, self.folders[0], self.store, self.device)
 
     def run(self) -> dict[str, Any]:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            return self.with_trainer(with_bare_loop=False)
+            return self.loops.on_all_processes()
         found = {"ratios": {}} if self.options.trainer else self.losses()
-        found["ratios"] |= (trainer := self.with_trainer())["ratios"]
+        found["ratios"] |= (trainer := self.loops.in_turn())["ratios"]
         return {**found, "trainer": {k: v for k, v in trainer.items() if k != "ratios"}}
 
     # ---- our loss, cross entropy, teachers in memory ----
@@ -187,7 +196,8 @@ class Measurement:
             at = {key: inputs[key] for key in ("input_ids", "position_ids")}
 
             def logits(model: Any) -> Any:
-                with known_bounds(inputs["bounds"], len(inputs["input_ids"])):
+                segments = inputs["bounds"], len(inputs["input_ids"]), inputs["longest"]
+                with known_bounds(*segments):
                     return model(**at, use_cache=False).logits.flatten(0, 1)
 
             def online() -> Any:
@@ -240,109 +250,6 @@ class Measurement:
 
         if self.on_gpu:
             torch.cuda.synchronize()
-
-    # ---- DistillTrainer ----
-
-    def with_trainer(self, with_bare_loop: bool = True) -> dict[str, Any]:
-        """Seconds of a step of DistillTrainer and of a loop of the same operations, in turn."""
-        import torch
-
-        from logitcache.several import leave_group
-
-        steps = self.options.steps * 6
-        found: dict[str, list[float]] = {"trainer": [], "bare": []}
-        waited = 0.0
-        self._trainer(2)  # memory and files for the first time
-        for _ in range(min(self.options.blocks, 3)):
-            seconds, waited, processes = self._trainer(steps)
-            found["trainer"].append(seconds)
-            if with_bare_loop:
-                found["bare"].append(self._bare(steps))
-        seconds = statistics.median(found["trainer"])
-        document: dict[str, Any] = {
-            "tokens_in_a_step": self.rows * self.options.seq_len * processes,
-            "seconds": found,
-            "processes": processes,
-            "tokens_per_second": self.rows * self.options.seq_len * processes / seconds,
-            "ratios": {"share of the step waiting for data": waited},
-        }
-        if with_bare_loop:
-            over = seconds / statistics.median(found["bare"])
-            document["ratios"]["DistillTrainer over a bare loop"] = over
-            if not self.options.compile:
-                exact, _, _ = self._trainer(steps, full_determinism=True)
-                torch.use_deterministic_algorithms(False)
-                torch.backends.cudnn.deterministic = False
-                document["deterministic_over_default"] = exact / seconds
-        else:
-            leave_group()
-        return document
-
-    def _make_trainer(self, steps: int, **more: Any) -> Any:
-        from distill.train import TrainRequest, make_trainer
-
-        settings = {
-            "per_device_train_batch_size": self.rows,
-            "max_steps": steps,
-            "num_train_epochs": 1000,
-            "save_strategy": "no",
-            "logging_steps": steps * 2,
-            "learning_rate": 1e-6,
-            "use_cpu": not self.on_gpu,
-            "torch_compile": self.options.compile,
-            **more,
-        }
-        out = self.options.work / self.student / "run"
-        request = TrainRequest(self.store, self.folders[0], out, None, settings)
-        return make_trainer(request, request.config())
-
-    def _trainer(self, steps: int, **more: Any) -> tuple[float, float, int]:
-        from transformers import TrainerCallback
-
-        trainer = self._make_trainer(steps, **more)
-        wait, marks = self.wait, []
-
-        class Clock(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if state.global_step in (steps // 2, steps):
-                    wait()
-                    marks.append((time.perf_counter(), trainer._feed.seconds_waited))
-
-        trainer.add_callback(Clock())
-        trainer.train()
-        seconds = marks[1][0] - marks[0][0]
-        count = steps - steps // 2
-        return seconds / count, (marks[1][1] - marks[0][1]) / seconds, trainer.args.world_size
-
-    def _bare(self, steps: int) -> float:
-        """The operations of a step of DistillTrainer, without it."""
-        import torch
-
-        from distill.ema import WeightAverage
-
-        trainer = self._make_trainer(steps)
-        model, feed = trainer._core.train(), trainer._feed
-        optimizer = trainer.create_optimizer()
-        average = WeightAverage(model, 0.999)
-        batches = feed.inputs(rows for _ in range(1000) for rows in trainer.row_order())
-        started = 0.0
-        for step in range(steps):
-            inputs = next(batches)
-            inputs.pop("rows")
-            count = torch.full((), float(inputs.pop("num_valid")), device=self.device)
-            with trainer.accelerator.autocast():
-                output = model(**inputs, num_items=count)
-            trainer._sums += output["sums"]
-            output["loss"].backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            average.update()
-            if step + 1 in (steps // 2, steps):
-                self.wait()
-                started, before = time.perf_counter(), started
-        batches.close()
-        return (started - before) / (steps - steps // 2)
 
 
 def _summary(values: list[float]) -> dict[str, float]:

@@ -18,6 +18,9 @@ TARGETS: dict[str, tuple[float, float, str]] = {
     "DistillTrainer over a bare loop": (1.03, 1.01, "<="),
 }
 
+# must, aim: tokens/s of several processes over one
+SEVERAL = {2: (1.9, 1.95), 4: (3.7, 3.85)}
+
 
 def table(document: dict[str, Any]) -> str:
     """Markdown, from the figures alone."""
@@ -28,13 +31,26 @@ def table(document: dict[str, Any]) -> str:
         cells = "".join(" not measured |" if v is None else f" {v:.3f} |" for v in values)
         lines.append(f"| {what} | {sign} {must:g} | {sign} {aim:g} |{cells}")
     for name, part in document["students"].items():
-        trainer = part.get("trainer", part)  # under torchrun there is nothing else
-        rate = trainer["tokens_per_second"]
-        lines.append(f"{name}: {rate:,.0f} tokens/s, processes: {trainer['processes']}")
+        if "one process" in part:
+            lines += _of_several(name, part)
+            continue
+        trainer = part["trainer"]
+        lines.append(f"{name}: {trainer['tokens_per_second']:,.0f} tokens/s")
         exact = trainer.get("deterministic_over_default")
         if exact is not None:
             lines.append(f"{name}: a step with deterministic algorithms takes {exact:.3f} times")
     return "\n".join(lines)
+
+
+def _of_several(name: str, part: dict[str, Any]) -> list[str]:
+    alone = part["one process"]["trainer"]["tokens_per_second"]
+    lines = [f"{name}: {alone:,.0f} tokens/s, one process"]
+    for buckets in ("buckets as they are", "one bucket"):
+        rate, processes = (part[buckets][key] for key in ("tokens_per_second", "processes"))
+        line = f"{name}: {rate:,.0f} tokens/s, {processes} processes, {buckets}: {rate / alone:.3f}"
+        must, aim = SEVERAL.get(processes, (None, None))
+        lines.append(line if must is None else f"{line} (must {must}, aim {aim})")
+    return lines
 
 
 def ratios(timings: dict[str, dict[str, float]]) -> dict[str, float | None]:

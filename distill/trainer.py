@@ -221,13 +221,15 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """Loss of a micro-batch: its sum over the global batch's valid positions."""
         rows = inputs.pop("rows")
+        # DDP averages gradients over ranks, and the count is of all of them. A factor of the loss
+        # itself would have to be brought to the gradients that were made with it.
+        if self.accelerator.num_processes > 1:
+            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
         output = model(**inputs, num_items=num_items_in_batch)
         self._sums += output["sums"].detach()
         self._tokens += inputs["num_tokens"]
         self.finite.add(rows, output["row_losses"])
-        # DDP averages gradients over ranks; the divisor above already counts all of them.
-        loss = output["loss"] * self.accelerator.num_processes
-        return (loss, output) if return_outputs else loss
+        return (output["loss"], output) if return_outputs else output["loss"]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As transformers.Trainer's, which counts the weights anew at every step."""

@@ -23,7 +23,7 @@ def torchrun(*words: object, on_gpu: bool = False) -> subprocess.CompletedProces
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     chosen = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, str(WORKER), *map(str, words)],
+        [*command, *map(str, words)],
         env={**os.environ, **chosen},
         capture_output=True,
         text=True,
@@ -33,7 +33,7 @@ def torchrun(*words: object, on_gpu: bool = False) -> subprocess.CompletedProces
 
 def train_all_cases(inputs: Path, *, on_gpu: bool = False) -> Path:
     """All cases, trained by two processes in one launch."""
-    run = torchrun(inputs, inputs / "double", on_gpu=on_gpu)
+    run = torchrun(WORKER, inputs, inputs / "double", on_gpu=on_gpu)
     assert run.returncode == 0, run.stderr[-5000:]
     return inputs / "double"
 

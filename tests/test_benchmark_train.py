@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from several_checks import torchrun
 
 from benchmarks import attention
 from benchmarks.train_models import online_loss
@@ -49,6 +50,19 @@ def test_the_trainer_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert figures["trainer"]["tokens_per_second"] > 0
     assert figures["trainer"]["tokens_in_a_step"] == 2 * 32
     assert "| step over CE by Liger | <= 0.85 | <= 0.72 | not measured |" in capsys.readouterr().out
+
+
+def test_several_processes_over_one(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    words = ("-m", "benchmarks.train_step", "--smoke", "--work", tmp_path / "work", "--json", path)
+    run = torchrun(*words)
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(path.read_text(encoding="utf-8"))["students"]["smoke"]
+    alone = figures["one process"]["trainer"]["tokens_per_second"]
+    for buckets in ("buckets as they are", "one bucket"):
+        assert figures[buckets]["tokens_in_a_step"] == 2 * 2 * 32
+        over = figures[buckets]["tokens_per_second"] / alone
+        assert f"2 processes, {buckets}: {over:.3f} (must 1.9, aim 1.95)" in run.stdout
 
 
 def test_attention_is_measured_on_packed_rows(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from several_checks import (
+    WORKER,
     assert_ends_where_one_does,
     assert_resumed_to_the_same_bits,
     torchrun,
@@ -109,7 +110,7 @@ def test_command_on_two_processes_is_one_run_with_one_result(inputs: Path, tmp_p
     words = ["train", "--store", inputs / "store", "--student", inputs / "even", "--json"]
     words += ["--out", tmp_path / "out"]
     words += [w for key, value in settings.items() for w in ("--set", f"{key}={value}")]
-    run = torchrun(*words)
+    run = torchrun(WORKER, *words)
     assert run.returncode == 0, run.stderr[-3000:]
     assert json.loads(run.stdout)["steps"] == 2
     ends = [line for line in run.stderr.splitlines() if "threads at the end" in line]
