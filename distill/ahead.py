@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from logitcache.errors import ResourceError
 from logitcache.reader import StoreReader, read_ahead
@@ -30,7 +30,7 @@ from logitcache.store import Store
 Inputs = dict[str, Any]
 Make = Callable[[StoreReader, list[int]], Inputs]
 
-_SHARED = 1 << 29  # bytes; a batch of 8 x 2048 positions takes 20 MB, a process has four under way
+_SHARED = 1 << 29  # bytes; a batch of 8 x 2048 positions takes 30 MB, of which four write two each
 _ALIGNED = 256  # bytes, as torch's own allocator of GPU memory would
 _ROOM = "containers take --shm-size=1g or --ipc=host"
 _STOPPING = {signal.SIGINT, signal.SIGTERM}
@@ -48,14 +48,15 @@ class _Place:
 @dataclass(frozen=True)
 class Packed:
     """A batch whose tensors lie end to end in one, uint8 [bytes]; the rest of it with a place for
-    each of them. Made in a data worker, it is in shared memory."""
+    each of them. The first byte says whether the others are in use."""
 
     memory: torch.Tensor
     rest: Any
 
     @staticmethod
-    def of(inputs: Inputs) -> Packed:
-        size = 0
+    def of(inputs: Inputs, empty: Callable[[int], torch.Tensor]) -> Packed:
+        """empty: gives uint8 tensors of so many bytes."""
+        size = _ALIGNED
 
         def place(tensor: torch.Tensor) -> _Place:
             nonlocal size
@@ -66,16 +67,7 @@ class Packed:
 
         placed: list[tuple[_Place, torch.Tensor]] = []
         rest = changed(inputs, torch.Tensor, place)
-        memory = torch.empty(size, dtype=torch.uint8)
-        if get_worker_info() is not None:
-            try:
-                memory.share_memory_()
-            except RuntimeError as error:
-                raise ResourceError(
-                    f"/dev/shm: no shared memory for a batch of {size >> 20} MiB: {error}",
-                    f"{_ROOM}; or --set dataloader_num_workers=0",
-                ) from error
-        packed = Packed(memory, rest)
+        packed = Packed(empty(size), rest)
         for at, tensor in placed:
             packed._at(at).copy_(tensor)
         return packed
@@ -85,7 +77,9 @@ class Packed:
         return changed(self.rest, _Place, self._at)
 
     def pin_memory(self) -> Packed:
-        return Packed(self.memory.pin_memory(), self.rest)
+        pinned = self.memory.pin_memory()
+        self.memory[0] = 0
+        return Packed(pinned, self.rest)
 
     def to(self, device: torch.device) -> Packed:
         """A copy there, not waited for."""
@@ -94,6 +88,40 @@ class Packed:
     def _at(self, at: _Place) -> torch.Tensor:
         end = at.start + at.shape.numel() * at.dtype.itemsize
         return self.memory[at.start : end].view(at.dtype).view(at.shape)
+
+
+class SharedBlocks:
+    """Shared memory that a data worker fills again once its batch was pinned, which is a copy:
+    fresh pages cost more than what is written to them (64 MB: 47 ms, and 4 when filled again)."""
+
+    def __init__(self) -> None:
+        self._blocks: list[torch.Tensor] = []
+
+    def empty(self, size: int) -> torch.Tensor:
+        """uint8 [size], the first byte 1; whoever has copied the rest sets it to 0."""
+        free = [block for block in self._blocks if not block[0]]
+        block = next((block for block in free if len(block) >= size), None)
+        if block is None:
+            self._blocks = [block for block in self._blocks if block[0]]  # others are too small
+            block = _shared(size + size // 4)
+            self._blocks.append(block)
+        block[0] = 1
+        return block[:size]
+
+
+def _shared(size: int) -> torch.Tensor:
+    try:
+        storage = torch.UntypedStorage._new_shared(size)
+    except RuntimeError as error:
+        raise ResourceError(
+            f"/dev/shm: no shared memory for a batch of {size >> 20} MiB: {error}",
+            f"{_ROOM}; or --set dataloader_num_workers=0",
+        ) from error
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def _in_this_process(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def changed(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
@@ -115,10 +143,10 @@ def made_ahead(
     touched. Errors of make are raised here; ResourceError if a process dies.
     """
     if workers and _can_fork(reader):
-        return _by_processes(_Batches(make, reader.store), rows, workers, pinned)
+        return _by_processes(_Batches(make, reader.store, pinned), rows, workers, pinned)
 
     def made(numbers: list[int]) -> Packed:
-        packed = Packed.of(make(reader, numbers))
+        packed = Packed.of(make(reader, numbers), _in_this_process)
         return packed.pin_memory() if pinned else packed
 
     return read_ahead(made, rows, min(workers, 1))  # a second thread is slower, see StoreReader
@@ -146,8 +174,9 @@ def _can_fork(reader: StoreReader) -> bool:
 class _Batches(Dataset[Packed]):
     """What a data worker makes of a list of row numbers: a batch, or the error."""
 
-    def __init__(self, make: Make, store: Store):
+    def __init__(self, make: Make, store: Store, pinned: bool):
         self.make, self.store = make, store
+        self._empty = SharedBlocks().empty if pinned else _shared
 
     @cached_property
     def reader(self) -> StoreReader:
@@ -156,7 +185,7 @@ class _Batches(Dataset[Packed]):
 
     def __getitems__(self, numbers: list[int]) -> Packed | Exception:
         try:
-            return Packed.of(self.make(self.reader, numbers))
+            return Packed.of(self.make(self.reader, numbers), self._empty)
         except Exception as error:  # raised by torch it would lose its kind and its hint
             error.add_note(f"In a data worker:\n{traceback.format_exc()}")
             return error

@@ -19,7 +19,7 @@ import pytest
 import torch
 from training_runs import make_inputs, request, train_words
 
-from distill.ahead import changed, made_ahead
+from distill.ahead import Packed, SharedBlocks, changed, made_ahead
 from distill.data import Feed
 from distill.train import make_trainer
 from logitcache import open_store
@@ -117,13 +117,33 @@ def test_an_error_says_where_in_the_process_it_was(built: SimpleNamespace) -> No
 def test_no_shared_memory_is_an_error_with_what_to_do(
     built: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: torch.Tensor) -> None:
+    def full(_: int) -> None:
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
     with pytest.raises(ResourceError, match="/dev/shm: no shared memory for a batch of") as caught:
         list(feed(built.path, 1).inputs(ROWS))
     assert "--shm-size" in str(caught.value.hint)
+
+
+def test_shared_memory_is_filled_again_once_it_was_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # a copy, as on a GPU
+    blocks = SharedBlocks()
+
+    def batch(value: int, size: int = 1000) -> Packed:
+        return Packed.of({"x": torch.full((size,), value)}, blocks.empty)
+
+    one, two = batch(1), batch(2)
+    assert one.memory.is_shared()
+    assert one.memory.data_ptr() != two.memory.data_ptr()
+    pinned = one.pin_memory()
+    three, four = batch(3), batch(4)
+    assert three.memory.data_ptr() == one.memory.data_ptr() != four.memory.data_ptr()
+    values = [packed.inputs()["x"].unique().tolist() for packed in (pinned, two, three, four)]
+    assert values == [[1], [2], [3], [4]]
+    two.pin_memory(), three.pin_memory()
+    assert len(batch(5, size=5000).memory) > 5000 * 8  # larger than the free ones, which go
+    assert len(blocks._blocks) == 2
 
 
 def test_a_signal_to_all_processes_ends_no_reading(built: SimpleNamespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 import traceback
@@ -22,6 +23,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from distill import DistillTrainer, student
 from distill.card import escaped, model_card
 from distill.cli import cli
+from distill.config import _readers
 from distill.finite import FiniteCheck, skip_if
 from distill.processes import set_up
 from distill.progress import TrainProgress
@@ -410,3 +412,14 @@ def test_a_family_that_cannot_be_hooked_trains_on_whole_logits_and_says_so_once(
         next(r["loss"] for r in t.state.log_history if "loss" in r) for t in (trainer, plain)
     ]
     assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "readers"), [(2, 1, 2), (6, 1, 3), (64, 1, 4), (64, 8, 4), (16, 8, 2)]
+)
+def test_readers_leave_half_of_the_cores_to_the_processes_that_train(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, readers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert _readers() == readers
