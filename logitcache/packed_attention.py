@@ -2,7 +2,7 @@
 
 Given a mask, SDPA computes all L x L products of a row, with keys repeated for each query head.
 torch's flash attention for sequences of several lengths computes those within each segment alone:
-decoder and its gradients of 0.5 billion parameters take 154 ms instead of 185 (docs/training.md).
+decoder and its gradients of 0.5 billion parameters take 150 ms instead of 182 (docs/training.md).
 Here it is an attention implementation of transformers, ``VARLEN``, for calls of which the host
 knows the segments.
 """
