@@ -93,7 +93,8 @@ class Measurement:
         if self.on_gpu:
             torch.cuda.set_device(self.device)
         work = options.work / student
-        made = work / f"made-{os.getppid()}"  # by a process of the same torchrun
+        run = os.environ.get("TORCHELASTIC_RUN_ID", "alone")
+        made = work / f"made-{run}-{os.getppid()}"  # by a process of the same torchrun
         if local == 0:
             work.mkdir(parents=True, exist_ok=True)
             source = options.smollm if student == "135M" else None

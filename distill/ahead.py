@@ -12,6 +12,7 @@ import gc
 import os
 import signal
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -30,9 +31,10 @@ from logitcache.store import Store
 Inputs = dict[str, Any]
 Make = Callable[[StoreReader, list[int]], Inputs]
 
-_SHARED = 1 << 29  # bytes; a batch of 8 x 2048 positions takes 30 MB, of which four write two each
+_SHARED = 1 << 29  # bytes; of 8 x 2048 positions a process keeps 40 MB, as it makes the first two
 _ALIGNED = 256  # bytes, as torch's own allocator of GPU memory would
-_ROOM = "containers take --shm-size=1g or --ipc=host"
+_ROOM = "containers take --shm-size=4g or --ipc=host"
+_PATIENCE = 1.0  # seconds; a block is pinned in some hundredths, and as many may be before it
 _STOPPING = {signal.SIGINT, signal.SIGTERM}
 
 
@@ -92,15 +94,19 @@ class Packed:
 
 class SharedBlocks:
     """Shared memory that a data worker fills again once its batch was pinned, which is a copy:
-    fresh pages cost more than what is written to them (64 MB: 47 ms, and 4 when filled again)."""
+    fresh pages cost more than what is written to them (64 MB on a virtual machine, 2026-11: 47 ms,
+    and 4 when filled again). One block does, for it is pinned while the next batch is decoded."""
 
     def __init__(self) -> None:
         self._blocks: list[torch.Tensor] = []
 
     def empty(self, size: int) -> torch.Tensor:
         """uint8 [size], the first byte 1; whoever has copied the rest sets it to 0."""
-        free = [block for block in self._blocks if not block[0]]
-        block = next((block for block in free if len(block) >= size), None)
+        fitting = [block for block in self._blocks if len(block) >= size]
+        give_up = time.monotonic() + _PATIENCE
+        while fitting and all(block[0] for block in fitting) and time.monotonic() < give_up:
+            time.sleep(0.001)
+        block = next((block for block in fitting if not block[0]), None)
         if block is None:
             self._blocks = [block for block in self._blocks if block[0]]  # others are too small
             block = _shared(size + size // 4)
@@ -115,7 +121,7 @@ def _shared(size: int) -> torch.Tensor:
     except RuntimeError as error:
         raise ResourceError(
             f"/dev/shm: no shared memory for a batch of {size >> 20} MiB: {error}",
-            f"{_ROOM}; or --set dataloader_num_workers=0",
+            f"{_ROOM}; or --set dataloader_num_workers=1, or 0",
         ) from error
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 

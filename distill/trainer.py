@@ -223,7 +223,7 @@ class DistillTrainer(Trainer):
         rows = inputs.pop("rows")
         # DDP averages gradients over ranks, and the count is of all of them. A factor of the loss
         # itself would have to be brought to the gradients that were made with it.
-        if self.accelerator.num_processes > 1:
+        if num_items_in_batch is not None and self.accelerator.num_processes > 1:
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
         output = model(**inputs, num_items=num_items_in_batch)
         self._sums += output["sums"].detach()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ import pytest
 import torch
 from training_runs import make_inputs, request, train_words
 
-from distill.ahead import Packed, SharedBlocks, changed, made_ahead
+from distill import ahead
+from distill.ahead import Packed, SharedBlocks, _Batches, changed, made_ahead
 from distill.data import Feed
 from distill.train import make_trainer
 from logitcache import open_store
@@ -128,6 +130,7 @@ def test_no_shared_memory_is_an_error_with_what_to_do(
 
 def test_shared_memory_is_filled_again_once_it_was_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # a copy, as on a GPU
+    monkeypatch.setattr(ahead, "_PATIENCE", 0)
     blocks = SharedBlocks()
 
     def batch(value: int, size: int = 1000) -> Packed:
@@ -144,6 +147,26 @@ def test_shared_memory_is_filled_again_once_it_was_pinned(monkeypatch: pytest.Mo
     two.pin_memory(), three.pin_memory()
     assert len(batch(5, size=5000).memory) > 5000 * 8  # larger than the free ones, which go
     assert len(blocks._blocks) == 2
+
+
+def test_a_block_that_is_being_pinned_is_waited_for() -> None:
+    blocks = SharedBlocks()
+    first = blocks.empty(1000)
+    threading.Timer(0.05, first.__setitem__, (0, 0)).start()
+    assert blocks.empty(1000).data_ptr() == first.data_ptr()
+
+
+def test_only_what_is_pinned_is_filled_again(built: SimpleNamespace) -> None:
+    """Elsewhere the loop itself has the shared memory, for as long as it likes."""
+    for pinned in (True, False):
+        made = _Batches(lambda *_: {"x": torch.zeros(9)}, open_store(built.path).store, pinned)
+        one = made.__getitems__([0])
+        assert isinstance(one, Packed)
+        assert one.memory.is_shared()
+        one.memory[0] = 0
+        two = made.__getitems__([0])
+        assert isinstance(two, Packed)
+        assert (one.memory.data_ptr() == two.memory.data_ptr()) == pinned
 
 
 def test_a_signal_to_all_processes_ends_no_reading(built: SimpleNamespace) -> None:

@@ -4,6 +4,7 @@ replaced by its definition."""
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 import transformers
 from test_families import FAMILIES, SMALL, L, make
+from training_runs import make_inputs
 
-from logitcache import packed_attention
-from logitcache.causal_lm import hidden_states
+from distill.student import attach_loss, to_inputs
+from logitcache import open_store, packed_attention
+from logitcache.causal_lm import hidden_states, load_causal_lm
 from logitcache.packed_attention import (
     VARLEN,
     known_bounds,
@@ -22,6 +25,7 @@ from logitcache.packed_attention import (
     segment_bounds,
     use_varlen,
 )
+from logitcache_kernels import DistillSpec
 
 ENDS = (10, 17)
 POSITIONS = np.stack([np.concatenate((np.arange(n), np.arange(L - n))) for n in ENDS])
@@ -48,7 +52,7 @@ def definition(
     CALLS.append((max_q, *window_size))
     assert enable_gqa or query.shape[1] == key.shape[1]
     assert torch.equal(cu_seq_q, cu_seq_k)
-    assert max_q == max_k
+    assert max_q == max_k >= int(cu_seq_q.diff().max())
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -119,6 +123,22 @@ def test_a_window_is_that_of_the_mask() -> None:
         found = hidden_states(model, TOKENS, torch.from_numpy(POSITIONS), BOUNDS)
     assert CALLS == [(L, 3, 0), (L, -1, 0)]  # as long as a row, where it is not told
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_students_and_teachers_tell_the_kernel_of_the_longest_segment(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path)  # with a build, in one batch
+    batch = open_store(inputs / "store")[:]
+    longest = np.diff(segment_bounds(batch.positions)).max()
+    assert longest < batch.positions.shape[1]
+    assert {call[0] for call in CALLS} == {L, longest}, "trial and build"
+    given = to_inputs(batch, 1.0)
+    assert given["longest"] == longest
+    model = load_causal_lm(inputs / "one", torch.float32, torch.device("cpu")).train()
+    attach_loss(model, DistillSpec(temperature=1.0))
+    assert use_varlen(model)
+    CALLS.clear()
+    model(**given)
+    assert {call[0] for call in CALLS} == {longest}
 
 
 def test_masks_of_a_models_own_making_stay_masks() -> None:

@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from distill import DistillTrainer, student
 from distill.card import escaped, model_card
 from distill.cli import cli
-from distill.config import _readers
+from distill.config import distill_config
 from distill.finite import FiniteCheck, skip_if
 from distill.processes import set_up
 from distill.progress import TrainProgress
@@ -417,9 +417,12 @@ def test_a_family_that_cannot_be_hooked_trains_on_whole_logits_and_says_so_once(
 @pytest.mark.parametrize(
     ("cores", "processes", "readers"), [(2, 1, 2), (6, 1, 3), (64, 1, 4), (64, 8, 4), (16, 8, 2)]
 )
-def test_readers_leave_half_of_the_cores_to_the_processes_that_train(
-    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, readers: int
+def test_two_to_four_processes_read_for_one_that_trains_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cores: int, processes: int, readers: int
 ) -> None:
+    on_cpu = distill_config({}, str(tmp_path))
+    assert on_cpu.dataloader_num_workers == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert _readers() == readers
+    assert distill_config({"bf16": False}, str(tmp_path)).dataloader_num_workers == readers

@@ -19,6 +19,7 @@ POSITIONS = np.stack(
     [np.concatenate([np.arange(n) for n in lengths]) for lengths in ((40, 1, 23), (7, 57))]
 )
 BOUNDS = torch.from_numpy(segment_bounds(POSITIONS)).cuda()
+LONGEST = 57
 TOKENS = torch.randint(0, V, POSITIONS.shape, generator=torch.Generator().manual_seed(4)).cuda()
 
 
@@ -26,7 +27,7 @@ def hidden_and_gradient(model: torch.nn.Module, half: bool) -> torch.Tensor:
     """End to end in one vector, float32."""
     with torch.autocast("cuda", torch.bfloat16, enabled=half):
         where = torch.from_numpy(POSITIONS).cuda()
-        hidden = hidden_states(model, TOKENS, where, BOUNDS).float()
+        hidden = hidden_states(model, TOKENS, where, BOUNDS, LONGEST).float()
     weights = [p for p in model.get_decoder().parameters() if p.requires_grad]
     found = torch.autograd.grad(hidden.square().mean(), weights, allow_unused=True)
     return torch.cat([hidden.flatten(), *(g.float().flatten() for g in found if g is not None)])
