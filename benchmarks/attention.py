@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from distill.student import compile_layers
 from logitcache.causal_lm import hidden_states
 from logitcache.packed_attention import VARLEN, longest_segment, segment_bounds
 
-from .common import machine
+from .common import blocks_in_turn, machine
 from .models import make_model
 
 WAYS = {"SDPA with a mask": "sdpa", "by segments": VARLEN, "FlexAttention": "flex_attention"}
@@ -58,35 +56,18 @@ def measure(
     bounds, longest = torch.from_numpy(ends).to(device), longest_segment(ends)
     where = torch.from_numpy(positions).to(device)
     tokens = torch.randint(0, model.config.vocab_size, positions.shape, device=device)
-    on_gpu = device.type == "cuda"
 
-    def block(way: str, steps: int) -> float:
+    def run(way: str, steps: int) -> None:
         model.set_attn_implementation(WAYS[way])
-        if on_gpu:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
         for _ in range(steps):
             with torch.autocast(device.type, torch.bfloat16):
                 hidden = hidden_states(model, tokens, where, bounds, longest)
             hidden.float().square().mean().backward()
             model.zero_grad()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - started) / steps * 1e3
 
-    ways = list(WAYS) if on_gpu else list(WAYS)[:1]
-    found: dict[str, dict[str, float]] = {}
-    for way in ways:
-        block(way, 2)  # compilations
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            block(way, 1)
-        found[way] = {"peak": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0}
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(options.blocks):
-        for way in ways:
-            times[way].append(block(way, options.steps))
-    return {way: {"ms": statistics.median(times[way]), **found[way]} for way in ways}
+    ways = list(WAYS) if device.type == "cuda" else list(WAYS)[:1]
+    found = blocks_in_turn(ways, run, options.blocks, options.steps)
+    return {way: {"ms": at["median"], "peak": at["peak"] / 2**30} for way, at in found.items()}
 
 
 def table(document: dict[str, Any]) -> str:

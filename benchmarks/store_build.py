@@ -187,11 +187,7 @@ def measure_several(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _seconds(function: Callable[[], None]) -> float:
-    import torch
-
-    def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    from .common import wait
 
     wait()
     started = time.perf_counter()

@@ -20,6 +20,8 @@ from distill.ema import WeightAverage
 from distill.train import TrainRequest, make_trainer
 from logitcache.several import leave_group
 
+from .common import wait
+
 ONE_BUCKET = 1 << 14  # megabytes: more than a student here has of gradients
 
 
@@ -133,7 +135,7 @@ class Loops:
         class Clock(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.global_step in (steps // 2, steps):
-                    _wait()
+                    wait()
                     marks.append((time.perf_counter(), trainer._feed.seconds_waited))
 
         trainer.add_callback(Clock())
@@ -163,12 +165,7 @@ class Loops:
             optimizer.zero_grad()
             average.update()
             if step + 1 in (steps // 2, steps):
-                _wait()
+                wait()
                 started, before = time.perf_counter(), started
         batches.close()
         return (started - before) / (steps - steps // 2)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

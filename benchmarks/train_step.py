@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -218,44 +217,20 @@ class Measurement:
         """Milliseconds of a step and peak bytes of each, blocks in turn."""
         import torch
 
+        from .common import blocks_in_turn
+
         gc.collect()  # compiled layers of teachers that are gone refer to one another
 
-        def block(call: Callable[[], Any], steps: int) -> float:
-            self.wait()
-            started = time.perf_counter()
+        def run(name: str, steps: int) -> None:
             for _ in range(steps):
                 with torch.autocast(self.device.type, torch.bfloat16):
-                    loss = call()
+                    loss = calls[name]()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            self.wait()
-            return (time.perf_counter() - started) / steps * 1e3
 
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        peaks: dict[str, float] = {}
-        for name, call in calls.items():
-            block(call, 2)  # compilations
-            if self.on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-                block(call, 1)
-                peaks[name] = float(torch.cuda.max_memory_allocated())
-        for _ in range(self.options.blocks):
-            for name, call in calls.items():
-                times[name].append(block(call, self.options.steps))
-        return {name: _summary(times[name]) | {"peak": peaks.get(name, 0.0)} for name in calls}
-
-    def wait(self) -> None:
-        import torch
-
-        if self.on_gpu:
-            torch.cuda.synchronize()
-
-
-def _summary(values: list[float]) -> dict[str, float]:
-    fifths = statistics.quantiles(values * 2, n=5, method="inclusive")
-    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[-1]}
+        return blocks_in_turn(calls, run, self.options.blocks, self.options.steps)
 
 
 if __name__ == "__main__":

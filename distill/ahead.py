@@ -31,7 +31,7 @@ from logitcache.store import Store
 Inputs = dict[str, Any]
 Make = Callable[[StoreReader, list[int]], Inputs]
 
-_SHARED = 1 << 29  # bytes; of 8 x 2048 positions a process keeps 40 MB, as it makes the first two
+_SHARED = 1 << 29  # bytes; of batches of 8 x 2048 positions each process keeps a block of 40 MB
 _ALIGNED = 256  # bytes, as torch's own allocator of GPU memory would
 _ROOM = "containers take --shm-size=4g or --ipc=host"
 _PATIENCE = 1.0  # seconds; a block is pinned in some hundredths, and as many may be before it

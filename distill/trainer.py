@@ -176,7 +176,9 @@ class DistillTrainer(Trainer):
         self._order.set_epoch(global_step // max(-(-len(self._order) // accumulated), 1))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """Inputs of one optimizer step and the valid positions in them, over all ranks."""
+        """Inputs of one optimizer step and the valid positions in them, the mean over ranks, as DDP
+        averages gradients over them. A factor of the loss itself would have to be brought to the
+        gradients that were made with it."""
         if self._batches is None or self._batches[0] is not epoch_iterator:
             self.close_feed()
             self._batches = epoch_iterator, self._feed.inputs(epoch_iterator)
@@ -187,9 +189,10 @@ class DistillTrainer(Trainer):
         valid = sum(part.pop("num_valid") for part in inputs)
         # Filled on the device: a copy from the host would have to be waited for.
         count = torch.full((), float(valid), device=self.args.device)
-        if self.accelerator.num_processes > 1:
-            count = self.accelerator.reduce(count, "sum")
-        return inputs, count.clamp_min(1.0)
+        processes = self.accelerator.num_processes
+        if processes > 1:
+            count = self.accelerator.reduce(count, "mean")
+        return inputs, count.clamp_min(1.0 / processes)
 
     def close_feed(self) -> None:
         """End the processes that read ahead."""
@@ -219,12 +222,8 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Loss of a micro-batch: its sum over the global batch's valid positions."""
+        """Loss of a micro-batch: its sum over num_items_in_batch, see get_batch_samples."""
         rows = inputs.pop("rows")
-        # DDP averages gradients over ranks, and the count is of all of them. A factor of the loss
-        # itself would have to be brought to the gradients that were made with it.
-        if num_items_in_batch is not None and self.accelerator.num_processes > 1:
-            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
         output = model(**inputs, num_items=num_items_in_batch)
         self._sums += output["sums"].detach()
         self._tokens += inputs["num_tokens"]
