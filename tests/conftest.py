@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: two tiny teachers and a store of them."""
+"""Fixtures that several test files share: two tiny teachers, stores of them, a browser."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from browser import Browser, find_chromium
 from hypothesis import settings
+from page_checks import HOSTILE
 from tiny import make_model, sentences, write_jsonl
 
 if not torch.cuda.is_available():
@@ -59,3 +61,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory, teacher1, teacher2) -> SimpleNamespace:
+    """A store of hostile documents."""
+    from logitcache import build
+
+    folder = tmp_path_factory.mktemp("hostile")
+    data = write_jsonl(folder / "data.jsonl", [{"text": text} for text in HOSTILE])
+    store = folder / "a <b>'store' & more"
+    build(teacher1=teacher1, teacher2=teacher2, data=(data,), seq_len=128, out=store)
+    return SimpleNamespace(store=store, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = find_chromium()
+    if path is None:
+        reason = "no chromium found (Debian: apt-get install chromium)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with Browser(path) as opened:
+        yield opened
